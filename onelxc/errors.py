@@ -1,0 +1,59 @@
+"""What can go wrong, by who has to act on it.
+
+One base class. A subclass exists only where a reader or a caller acts differently. The message is one line,
+`Cannot <verb> <object>: <cause, in the tool's own words>`, and is what the user of OpenNebula reads.
+"""
+
+from __future__ import annotations
+
+
+class OneLxcError(Exception):
+    """Base of all errors that reach the user; `str()` is one line of text."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class TemplateError(OneLxcError):
+    """The VM's template is wrong; its author has to change it."""
+
+
+class ConfigurationError(OneLxcError):
+    """The driver's or the host's configuration is wrong; the administrator has to change it."""
+
+
+class NotSupportedError(OneLxcError):
+    """Containers cannot do this; the text says what to do instead."""
+
+
+class CommandError(OneLxcError):
+    """A program failed. `status` is its exit code, negative for a signal, None if it did not start or timed out."""
+
+    def __init__(self, message: str, *, status: int | None = None, stderr: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.stderr = stderr
+
+
+class StorageError(OneLxcError):
+    """An image or a mount is not what it has to be."""
+
+
+class HypervisorError(OneLxcError):
+    """libvirt said no. `code` is its VIR_ERR_* number, None where there is none."""
+
+    def __init__(self, message: str, *, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NoSuchDomainError(HypervisorError):
+    """libvirt knows no domain of that name."""
+
+
+class HelperError(OneLxcError):
+    """The root helper is missing, refused the request or is of another version."""
+
+
+class GiveUpError(OneLxcError):
+    """Another action (a cancel) asked this one to stop; everything it took is being given back."""

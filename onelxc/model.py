@@ -1,0 +1,233 @@
+"""What is a VM, once its template has been read? Frozen data, and every name and path derived from it.
+
+Made by `template` (and completed with the operator's defaults there); read by `domainxml` and sent, as plain JSON, to
+the root helper. Touches no clock, disk or daemon. Sizes carry their unit in the name. OpenNebula's words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+DOMAIN_PREFIX = "one-"
+
+
+class Init(enum.Enum):
+    """How a running init is asked to stop or to reboot; found by the helper in the mounted root."""
+
+    SYSTEMD = "systemd"
+    SYSVINIT = "sysvinit"
+    BUSYBOX = "busybox"
+    OPENRC = "openrc"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class IoLimits:
+    """Bytes and operations a second; None is no limit. OpenNebula's {TOTAL,READ,WRITE}_{BYTES,IOPS}_SEC."""
+
+    total_bytes_sec: int | None = None
+    read_bytes_sec: int | None = None
+    write_bytes_sec: int | None = None
+    total_iops_sec: int | None = None
+    read_iops_sec: int | None = None
+    write_iops_sec: int | None = None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One DISK. `path` is where it lies on the host; `kind` is "image", "fs" (volatile), "swap" or "context"."""
+
+    disk_id: int
+    path: str
+    kind: str = "image"
+    target: str = ""
+    size_mb: int | None = None
+    format: str = ""
+    fs: str = ""
+    read_only: bool = False
+    persistent: bool = False
+    attach: bool = False
+    limits: IoLimits = IoLimits()
+
+    @property
+    def mount_point(self) -> str:
+        """Where a data disk appears inside: TARGET if it is a path, else /media/one-disk.N."""
+        return self.target if self.target.startswith("/") else f"/media/one-disk.{self.disk_id}"
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """libvirt's <inbound>/<outbound>: average and peak in KiB/s, burst in KiB."""
+
+    average_kib: int
+    peak_kib: int | None = None
+    burst_kib: int | None = None
+
+
+@dataclass(frozen=True)
+class Nic:
+    """One NIC. `device` is its host side (`one-<vmid>-<nic id>`), `guest_name` the name inside, "" for libvirt's."""
+
+    nic_id: int
+    device: str
+    bridge: str
+    mac: str = ""
+    bridge_type: str = ""
+    vn_mad: str = ""
+    ip: str = ""
+    prefix: int | None = None
+    gateway: str = ""
+    ip6: str = ""
+    prefix6: int | None = None
+    gateway6: str = ""
+    mtu: int | None = None
+    guest_name: str = ""
+    filter: str = ""
+    inbound: Bandwidth | None = None
+    outbound: Bandwidth | None = None
+    attach: bool = False
+    pci_address: str = ""
+
+
+@dataclass(frozen=True)
+class Graphics:
+    """GRAPHICS TYPE=VNC: OpenNebula's svncterm server shows the console on this port."""
+
+    port: int
+    listen: str = "0.0.0.0"
+    password: str = ""
+    keymap: str = ""
+
+
+@dataclass(frozen=True)
+class Vm:
+    """One VM as it is to be on this host. CPU in cores (1.5), memory in KiB."""
+
+    vm_id: int
+    name: str = ""
+    cpu: float = 1.0
+    vcpu: int = 1
+    memory_kib: int = 512 * 1024
+    swap_kib: int = 0
+    init: str = "/sbin/init"
+    init_arguments: tuple[str, ...] = ()
+    init_environment: tuple[tuple[str, str], ...] = ()
+    arch: str = ""
+    uuid: str = ""
+    disks: tuple[Disk, ...] = ()
+    context: Disk | None = None
+    nics: tuple[Nic, ...] = ()
+    privileged: bool = False
+    cpuset: str = ""
+    graphics: Graphics | None = None
+    raw: tuple[str, ...] = ()
+    """Fragments of libvirt XML: the administrator's, and the template's where the administrator allows it."""
+    profiles: tuple[str, ...] = ()
+    """Names of files with fragments in the administrator's directory on the host."""
+    notes: tuple[str, ...] = ()
+    """What was tolerated or ignored in the template, a line each, for the log."""
+
+    @property
+    def deploy_id(self) -> str:
+        """`one-<vmid>`: OpenNebula's network drivers look for this name, and the domain bears it."""
+        return deploy_id(self.vm_id)
+
+    @property
+    def root_disk(self) -> Disk:
+        """The disk with the lowest DISK_ID that is an image: the one that holds the root file system."""
+        return next(disk for disk in self.disks if disk.kind == "image")
+
+    @property
+    def data_disks(self) -> tuple[Disk, ...]:
+        """All the others that are mounted; swap is none of them."""
+        root = self.root_disk
+        return tuple(disk for disk in self.disks if disk is not root and disk.kind in ("image", "fs"))
+
+
+def deploy_id(vm_id: int) -> str:
+    """The domain's name, and OpenNebula's DEPLOY_ID."""
+    return f"{DOMAIN_PREFIX}{vm_id}"
+
+
+def vm_id_of(name: str) -> int | None:
+    """The VM id in a domain's name, None if the name is not one of ours."""
+    number = name[len(DOMAIN_PREFIX) :]
+    if not name.startswith(DOMAIN_PREFIX) or not number.isascii() or not number.isdigit():
+        return None
+    return int(number) if str(int(number)) == number else None
+
+
+def nic_device(vm_id: int, nic_id: int) -> str:
+    """The host side of a NIC; VNM's security groups and Open vSwitch find it by this name."""
+    return f"{DOMAIN_PREFIX}{vm_id}-{nic_id}"
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass (or a tuple, enum … of them) as plain JSON data."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+# Paths of the host, all of them root's own. Nothing that a cancel needs lies in the VM's directory, which OpenNebula
+# may remove at any moment, and nothing is mounted below it, so that no `rm -rf` walks into a mount.
+STATE = "/var/lib/onelxc"
+RUN = "/run/onelxc"
+HOST_CONF = "/etc/onelxc/host.conf"
+PROFILES = "/etc/onelxc/profiles"
+HELPER = "/usr/lib/onelxc/onelxc-root"
+
+
+@dataclass(frozen=True)
+class VmPaths:
+    """Every path that belongs to one VM on the host."""
+
+    vm_id: int
+
+    @property
+    def state(self) -> str:
+        return posixpath.join(STATE, "vms", str(self.vm_id))
+
+    @property
+    def journal(self) -> str:
+        """What was taken, a JSON object a line, written before it is taken."""
+        return posixpath.join(self.state, "journal")
+
+    @property
+    def record(self) -> str:
+        """What the VM was deployed with (JSON): read by reboot, the hub, the probes and the live actions."""
+        return posixpath.join(self.state, "vm.json")
+
+    @property
+    def mounts(self) -> str:
+        return posixpath.join(STATE, "mnt", str(self.vm_id))
+
+    @property
+    def root(self) -> str:
+        """The root file system as libvirt is given it: idmapped, unless privileged."""
+        return posixpath.join(self.mounts, "root")
+
+    def disk(self, disk_id: int) -> str:
+        """Where a data disk is mounted on the host."""
+        return posixpath.join(self.mounts, f"disk.{disk_id}")
+
+    @property
+    def context(self) -> str:
+        """The extracted context ISO."""
+        return posixpath.join(self.mounts, "context")
+
+    @property
+    def lock(self) -> str:
+        return posixpath.join(RUN, "lock", str(self.vm_id))
+
+    @property
+    def console_log(self) -> str:
+        return posixpath.join("/var/log/onelxc", f"{deploy_id(self.vm_id)}.log")
