@@ -166,6 +166,30 @@ def nic_device(vm_id: int, nic_id: int) -> str:
     return f"{DOMAIN_PREFIX}{vm_id}-{nic_id}"
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A file system that libvirt mounts in the container at its start: `source` is a directory of the host."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the root helper made of a Vm's disks. `id_base` is the first id of the VM's range, None if privileged."""
+
+    root: str
+    id_base: int | None = None
+    mounts: tuple[Mount, ...] = ()
+    init: Init = Init.OTHER
+    cgroup: int = 2
+    """The host's cgroup version, 1 or 2."""
+    profiles: tuple[str, ...] = ()
+    """Contents of the administrator's fragments that `Vm.profiles` names."""
+    notes: tuple[str, ...] = ()
+
+
 def to_json(value: Any) -> Any:
     """A dataclass (or a tuple, enum … of them) as plain JSON data."""
     if isinstance(value, enum.Enum):

@@ -1,0 +1,134 @@
+"""What has been taken for a VM? A file of JSON lines, each written and flushed *before* the thing is taken.
+
+So whatever kills the helper, or the host, the next session for the VM knows what may be there. "May be": the journal
+says what was intended, the kernel (mountinfo, the loop devices' backing files) what is, and the kernel's word wins.
+A line is one of
+
+    {"n": 7, "take": "mount", "by": "deploy", "path": "/var/lib/onelxc/mnt/5/root"}
+    {"n": 7, "gone": true}
+    {"commit": 7}                all up to number 7 belongs to the VM now, not to the action that took it
+
+It does not know how anything is given back; `release` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from onelxc.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing taken. `kind` is a key of `release.GIVE_BACK`, `what` its data."""
+
+    number: int
+    kind: str
+    verb: str
+    what: dict[str, Any]
+    committed: bool
+
+
+class Journal:
+    """The journal of one VM. To be used under the VM's lock only."""
+
+    def __init__(self, path: str, verb: str) -> None:
+        self.path = path
+        self.verb = verb
+        self._lines = _read(path)
+        self._next = max([int(line.get("n", 0)) for line in self._lines], default=0) + 1
+        self._fd = -1
+
+    def take(self, kind: str, **what: Any) -> int:
+        """Write down that `what` is about to be taken; give the number to say `gave_back` with."""
+        number = self._next
+        self._next += 1
+        self._append({"n": number, "take": kind, "by": self.verb, **what})
+        return number
+
+    def gave_back(self, number: int) -> None:
+        """Entry `number` is no longer held."""
+        self._append({"n": number, "gone": True})
+
+    def commit(self) -> None:
+        """Everything taken so far is the VM's own from now on."""
+        self._append({"commit": self._next - 1})
+
+    def held(self) -> list[Entry]:
+        """What has not been given back, last taken first."""
+        gone = {line["n"] for line in self._lines if line.get("gone")}
+        committed = max([int(line["commit"]) for line in self._lines if "commit" in line], default=0)
+        return [
+            Entry(
+                number=line["n"],
+                kind=line["take"],
+                verb=line.get("by", ""),
+                what={key: value for key, value in line.items() if key not in ("n", "take", "by")},
+                committed=line["n"] <= committed,
+            )
+            for line in reversed(self._lines)
+            if "take" in line and line["n"] not in gone
+        ]
+
+    def clear(self) -> None:
+        """Nothing is held any more: remove the file."""
+        self.close()
+        self._lines = []
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _append(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line, separators=(",", ":")) + "\n"
+        try:
+            if self._fd < 0:
+                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+                self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                # a power cut may have left half a line, which must not swallow the first of ours
+                size = os.fstat(self._fd).st_size
+                if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                    text = "\n" + text
+                if not size:
+                    _sync_directory(os.path.dirname(self.path))
+            os.write(self._fd, text.encode())
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise StorageError(f"Cannot write the journal {self.path}: {error.strerror}") from error
+        self._lines.append(line)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    """The journal's lines. A torn one was never followed by what it announces: skipped."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"Cannot read the journal {path}: {error.strerror}") from error
+    lines = []
+    for text in raw.split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
