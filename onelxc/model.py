@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 DOMAIN_PREFIX = "one-"
+ID_RANGE = 65536
+"""User and group ids of one unprivileged container."""
 
 
 class Init(enum.Enum):
@@ -39,7 +41,10 @@ class IoLimits:
 
 @dataclass(frozen=True)
 class Disk:
-    """One DISK. `path` is where it lies on the host; `kind` is "image", "fs" (volatile), "swap" or "context"."""
+    """One DISK. `path` is where it lies on the host; `kind` is "image", "fs" (volatile), "swap" or "context".
+
+    The path of a Ceph disk is `rbd:<pool>/<image>`; `ceph_user` and `ceph_conf` then say how to map it.
+    """
 
     disk_id: int
     path: str
@@ -52,6 +57,10 @@ class Disk:
     persistent: bool = False
     attach: bool = False
     limits: IoLimits = IoLimits()
+    source: str = ""
+    """SOURCE: a path on the front-end, or `pool/image` of a Ceph disk; only for messages and for Ceph."""
+    ceph_user: str = ""
+    ceph_conf: str = ""
 
     @property
     def mount_point(self) -> str:
@@ -123,6 +132,11 @@ class Vm:
     nics: tuple[Nic, ...] = ()
     privileged: bool = False
     cpuset: str = ""
+    """Host CPUs of NUMA_NODE pinning, as "0,2-3"; "" for all."""
+    nodeset: str = ""
+    """Host memory nodes of NUMA_NODE pinning; "" for all."""
+    capabilities: tuple[tuple[str, bool], ...] = ()
+    """The administrator's: capabilities kept (True) or dropped (False) beyond libvirt's defaults."""
     graphics: Graphics | None = None
     raw: tuple[str, ...] = ()
     """Fragments of libvirt XML: the administrator's, and the template's where the administrator allows it."""
@@ -187,6 +201,12 @@ class Prepared:
     """The host's cgroup version, 1 or 2."""
     profiles: tuple[str, ...] = ()
     """Contents of the administrator's fragments that `Vm.profiles` names."""
+    devices: tuple[tuple[int, str], ...] = ()
+    """(disk id, block device) of the disks whose I/O is limited."""
+    interfaces: tuple[tuple[int, str], ...] = ()
+    """(nic id, interface of the host) of PCI NICs, once the helper has seen that the host does not use them."""
+    swap_accounting: bool = True
+    """False where the kernel counts no swap (cgroup v1 without memory.memsw.*): libvirt would refuse the limit."""
     notes: tuple[str, ...] = ()
 
 
