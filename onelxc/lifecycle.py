@@ -1,0 +1,106 @@
+"""How does a running container come to its end, or through a reboot, whatever its init and its state?
+
+Policy over `hypervisor`, which knows how each init is asked: ask, ask again at half time, force at the end where that
+is allowed. Holds no lock and touches no disk; its callers do that through the root helper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from onelxc.errors import HypervisorError, NoSuchDomainError
+from onelxc.hypervisor import Domain, Hypervisor, State
+from onelxc.model import Init
+
+QUOTED_LINES = 3
+
+
+def stop(domain: Domain, init: Init, *, limit_s: float, force: bool) -> None:
+    """Power off by asking init, and wait until it is gone. Without `force` a container that stays is an error."""
+    for _ in range(2):
+        domain.ask_stop(init)
+        if domain.wait_gone(limit_s / 2):
+            return
+    if not force:
+        raise HypervisorError(
+            f"Cannot shut down {domain.name}: its init ({init.value}) did not end within {limit_s:g} s"
+        )
+    domain.end()
+
+
+def reboot(hypervisor: Hypervisor, domain: Domain, init: Init, *, limit_s: float) -> Domain:
+    """Restart by asking init, by force where it knows no reboot, does not come back in time or just ends."""
+    xml = domain.xml()
+    controller = domain.controller_pid()
+    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s):
+        return domain
+    return restart(hypervisor, domain, xml)
+
+
+def restart(hypervisor: Hypervisor, domain: Domain, xml: str) -> Domain:
+    """End it and start it anew from what is mounted, with the devices it had."""
+    domain.end()
+    return start(hypervisor, xml, domain.name)
+
+
+def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
+    """Create a container and see that it lives. HypervisorError, with nothing left in libvirt, if it does not."""
+    domain = hypervisor.create(xml, name)
+    try:
+        if domain.look_again():
+            return domain
+        raise HypervisorError(f"Cannot start {name}: its init ended at once")
+    except BaseException:
+        domain.end()
+        raise
+
+
+def lives_already(hypervisor: Hypervisor, name: str, *, ours: bool) -> bool:
+    """Whether a deploy has nothing to do. HypervisorError if the name belongs to a container that is not ours."""
+    domain = hypervisor.find(name)
+    if domain is None:
+        return False
+    _refuse_foreign(domain, ours=ours)
+    return domain.alive()
+
+
+def ours(hypervisor: Hypervisor, name: str, *, ours: bool) -> Domain | None:
+    """Our container of that name, None if it has ended and only what it held is left.
+
+    NoSuchDomainError if there is nothing of ours at all, HypervisorError if the name belongs to somebody else.
+    """
+    domain = hypervisor.find(name)
+    if domain is not None:
+        _refuse_foreign(domain, ours=ours)
+    elif not ours:
+        raise NoSuchDomainError(f"Cannot find {name}: no such container on this host")
+    return domain
+
+
+def ours_alive(hypervisor: Hypervisor, name: str, *, ours: bool) -> Domain:
+    """Our running container of that name; NoSuchDomainError if there is none."""
+    domain = hypervisor.domain(name)
+    _refuse_foreign(domain, ours=ours)
+    if domain.state() is State.ENDED:
+        raise NoSuchDomainError(f"Cannot find {name}: it has ended")
+    return domain
+
+
+@contextlib.contextmanager
+def quoting(console: Callable[[], str]) -> Iterator[None]:
+    """Complete the error of a container that would not start with the last words on its console."""
+    try:
+        yield
+    except HypervisorError as error:
+        said = " / ".join(line.strip() for line in console().splitlines()[-QUOTED_LINES:] if line.strip())
+        if not said:
+            raise
+        raise type(error)(f"{error}; its console said: {said}", code=error.code) from None
+
+
+def _refuse_foreign(domain: Domain, *, ours: bool) -> None:
+    if not ours:
+        raise HypervisorError(
+            f"Cannot touch {domain.name}: a container of that name, not ours, runs on this host ({domain.uuid()})"
+        )
