@@ -12,7 +12,19 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
-DOMAIN_PREFIX = "one-"
+from onelxc import names
+
+# said in `names`, for those who cannot afford this module; here they belong to the words of the model
+DOMAIN_PREFIX = names.DOMAIN_PREFIX
+STATE = names.STATE
+RUN = names.RUN
+HOST_CONF = names.HOST_CONF
+PROFILES = names.PROFILES
+HELPER = names.HELPER
+deploy_id = names.deploy_id
+vm_id_of = names.vm_id_of
+nic_device = names.nic_device
+
 ID_RANGE = 65536
 """User and group ids of one unprivileged container."""
 
@@ -162,24 +174,6 @@ class Vm:
         return tuple(disk for disk in self.disks if disk is not root and disk.kind in ("image", "fs"))
 
 
-def deploy_id(vm_id: int) -> str:
-    """The domain's name, and OpenNebula's DEPLOY_ID."""
-    return f"{DOMAIN_PREFIX}{vm_id}"
-
-
-def vm_id_of(name: str) -> int | None:
-    """The VM id in a domain's name, None if the name is not one of ours."""
-    number = name[len(DOMAIN_PREFIX) :]
-    if not name.startswith(DOMAIN_PREFIX) or not number.isascii() or not number.isdigit():
-        return None
-    return int(number) if str(int(number)) == number else None
-
-
-def nic_device(vm_id: int, nic_id: int) -> str:
-    """The host side of a NIC; VNM's security groups and Open vSwitch find it by this name."""
-    return f"{DOMAIN_PREFIX}{vm_id}-{nic_id}"
-
-
 @dataclass(frozen=True)
 class Mount:
     """A file system that libvirt mounts in the container at its start: `source` is a directory of the host."""
@@ -221,15 +215,6 @@ def to_json(value: Any) -> Any:
     return value
 
 
-# Paths of the host, all of them root's own. Nothing that a cancel needs lies in the VM's directory, which OpenNebula
-# may remove at any moment, and nothing is mounted below it, so that no `rm -rf` walks into a mount.
-STATE = "/var/lib/onelxc"
-RUN = "/run/onelxc"
-HOST_CONF = "/etc/onelxc/host.conf"
-PROFILES = "/etc/onelxc/profiles"
-HELPER = "/usr/lib/onelxc/onelxc-root"
-
-
 @dataclass(frozen=True)
 class VmPaths:
     """Every path that belongs to one VM on the host."""
@@ -252,7 +237,7 @@ class VmPaths:
 
     @property
     def mounts(self) -> str:
-        return posixpath.join(STATE, "mnt", str(self.vm_id))
+        return posixpath.join(names.MOUNTS, str(self.vm_id))
 
     @property
     def root(self) -> str:
