@@ -1,0 +1,200 @@
+"""What does the one long-lived process of the host do? The daemon `onelxc-hub`.
+
+It joins two things that know nothing of each other: `events` (libvirt's word on what runs) and `consoles` (ptys, logs,
+attached people). After a reboot from inside it has `onelxc-root refresh <vm id>` put back what libvirt does not: a
+process of its own that takes the VM's lock, so that the daemon never waits. It decides nothing about a VM's life.
+
+Killed, it begins anew where it was: the containers' output waits in their ptys meanwhile, and `hub.seen` tells which
+of them rebooted when nobody looked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+
+from onelxc import command
+from onelxc.errors import HelperError
+from onelxc.model import RUN, deploy_id
+from onelxc.root import consolelog
+from onelxc.root.consoles import Consoles, complain
+from onelxc.root.events import Gone, Started, Watcher
+from onelxc.root.hub import LOG, PID, START, private, program
+
+SEEN = os.path.join(RUN, "hub.seen")
+LOG_LIMIT = 256 * 1024
+IDLE_S = 60.0
+REFRESHES_AT_ONCE = 2
+
+
+class Hub:
+    """The daemon."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Started | Gone] = queue.SimpleQueue()
+        self._running = _read_seen()
+        self._watcher = Watcher(self._deliver, self._running)
+        self._consoles = Consoles(self._watcher.again)
+        self._waiting: deque[int] = deque()
+        self._refreshing: dict[int, subprocess.Popen[bytes]] = {}
+        self._stopped = False
+        self._ready = False
+        self._busy_at = time.monotonic()
+        self._expired_at = 0.0
+
+    def _deliver(self, event: Started | Gone) -> None:
+        self._events.put(event)
+        self._consoles.wake()
+
+    def stop(self) -> None:
+        """End at the next turn."""
+        self._stopped = True
+
+    def run(self) -> None:
+        """Until stopped, or idle for IDLE_S."""
+        self._running = {}
+        self._watcher.start()
+        try:
+            while not self._stopped:
+                self._consoles.turn(0.5)
+                self._take_events()
+                self._refresh()
+                self._housekeeping()
+        finally:
+            self._consoles.close()
+
+    def _take_events(self) -> None:
+        changed = False
+        while not self._events.empty():
+            event = self._events.get()
+            changed = True
+            if isinstance(event, Gone):
+                self._running.pop(event.vm_id, None)
+                self._consoles.gone(event.vm_id)
+                continue
+            self._running[event.vm_id] = event.domain_id
+            if event.rebooted and event.vm_id not in self._waiting:
+                self._waiting.append(event.vm_id)
+            if event.pty >= 0:
+                try:
+                    self._consoles.open(event.vm_id, event.pty)
+                except OSError as error:
+                    complain(f"{deploy_id(event.vm_id)}: console: {error}")
+        if changed:
+            _write_seen(self._running)
+
+    def _refresh(self) -> None:
+        for vm_id, process in list(self._refreshing.items()):
+            if process.poll() is not None:
+                del self._refreshing[vm_id]
+                if process.returncode:
+                    complain(f"{deploy_id(vm_id)}: refresh after a reboot ended with {process.returncode}")
+        while self._waiting and len(self._refreshing) < REFRESHES_AT_ONCE:
+            ready = next((vm_id for vm_id in self._waiting if vm_id not in self._refreshing), None)
+            if ready is None:
+                return
+            self._waiting.remove(ready)
+            try:
+                self._refreshing[ready] = subprocess.Popen(
+                    [sys.executable, "-I", program("onelxc-root"), "refresh", str(ready)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=dict(command.ENVIRONMENT),
+                )
+            except (OSError, HelperError) as error:
+                complain(f"{deploy_id(ready)}: refresh after a reboot: {error}")
+
+    def _housekeeping(self) -> None:
+        now = time.monotonic()
+        if not self._ready and self._watcher.looked.is_set() and self._events.empty():
+            self._ready = True
+            with open(PID, "a") as held:
+                held.write("ready\n")
+        if now - self._expired_at > 3600:
+            self._expired_at = now
+            consolelog.expire()
+        _bound_own_log()
+        if self._running or len(self._consoles) or self._refreshing or self._waiting or not self._ready:
+            self._busy_at = now
+        elif now - self._busy_at > IDLE_S and _may_end():
+            self._stopped = True
+
+
+def _may_end() -> bool:
+    """Whether nobody has asked for the hub lately; then, under the starters' lock, the pid file is gone too."""
+    with private(START) as start:
+        try:
+            fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.stat(PID).st_mtime < IDLE_S:
+                return False
+            os.unlink(PID)
+        except (BlockingIOError, FileNotFoundError):
+            return False
+        return True
+
+
+def _read_seen() -> dict[int, int]:
+    try:
+        with open(SEEN) as seen:
+            return {int(vm_id): int(domain_id) for vm_id, domain_id in json.load(seen).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write_seen(running: dict[int, int]) -> None:
+    try:
+        with open(SEEN + ".new", "w") as seen:
+            json.dump(running, seen)
+        os.replace(SEEN + ".new", SEEN)
+    except OSError as error:
+        complain(f"{SEEN}: {error.strerror}")
+
+
+def _bound_own_log() -> None:
+    try:
+        if os.fstat(2).st_size > LOG_LIMIT:
+            os.ftruncate(2, 0)
+    except OSError:
+        pass  # systemd's journal, which bounds itself.
+
+
+def _lock(held: int) -> bool:
+    """Lock the pid file; those who only look whether it is locked hold it for a moment."""
+    for _ in range(50):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
+
+
+def main() -> int:
+    """The program onelxc-hub. 0 also where another one runs already."""
+    os.umask(0o077)
+    os.makedirs(RUN, 0o711, exist_ok=True)
+    os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
+    held = os.open(PID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    if not _lock(held):
+        return 0
+    os.ftruncate(held, 0)
+    os.write(held, f"{os.getpid()}\n".encode())
+    if os.path.realpath("/proc/self/fd/2") == os.devnull:
+        log = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.dup2(log, 2)
+        os.close(log)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
+    hub = Hub()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda _number, _frame: hub.stop())
+    hub.run()
+    return 0
