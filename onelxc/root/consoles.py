@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Callable
 
-from onelxc.model import RUN, deploy_id
+from onelxc.names import RUN, deploy_id
 from onelxc.root.consolelog import ConsoleLog
 
 SOCKETS = os.path.join(RUN, "console")

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from onelxc import command
 from onelxc.errors import CommandError, HelperError
-from onelxc.model import RUN
+from onelxc.names import RUN
 
 PID = os.path.join(RUN, "hub.pid")
 """Locked by the hub while it lives; its pid, and a second line "ready" once it has looked at all containers."""

@@ -20,10 +20,11 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from onelxc import command
 from onelxc.errors import HelperError
-from onelxc.model import RUN, deploy_id
+from onelxc.names import RUN, deploy_id
 from onelxc.root import consolelog
 from onelxc.root.consoles import Consoles, complain
 from onelxc.root.events import Gone, Started, Watcher
@@ -38,7 +39,8 @@ REFRESHES_AT_ONCE = 2
 class Hub:
     """The daemon."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
         self._events: queue.SimpleQueue[Started | Gone] = queue.SimpleQueue()
         self._running = _read_seen()
         self._watcher = Watcher(self._deliver, self._running)
@@ -59,7 +61,7 @@ class Hub:
         self._stopped = True
 
     def run(self) -> None:
-        """Until stopped, or idle for IDLE_S."""
+        """Until stopped, or idle for as long as it was told."""
         self._running = {}
         self._watcher.start()
         try:
@@ -124,16 +126,16 @@ class Hub:
         _bound_own_log()
         if self._running or len(self._consoles) or self._refreshing or self._waiting or not self._ready:
             self._busy_at = now
-        elif now - self._busy_at > IDLE_S and _may_end():
+        elif now - self._busy_at > self._idle_s and _may_end(self._idle_s):
             self._stopped = True
 
 
-def _may_end() -> bool:
+def _may_end(idle_s: float) -> bool:
     """Whether nobody has asked for the hub lately; then, under the starters' lock, the pid file is gone too."""
     with private(START) as start:
         try:
             fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.stat(PID).st_mtime < IDLE_S:
+            if time.time() - os.stat(PID).st_mtime < idle_s:
                 return False
             os.unlink(PID)
         except (BlockingIOError, FileNotFoundError):
@@ -177,8 +179,9 @@ def _lock(held: int) -> bool:
     return False
 
 
-def main() -> int:
-    """The program onelxc-hub. 0 also where another one runs already."""
+def main(arguments: Sequence[str]) -> int:
+    """The program onelxc-hub [--idle-s SECONDS]. 0 also where another one runs already."""
+    idle_s = float(arguments[1]) if arguments[:1] == ["--idle-s"] else IDLE_S
     os.umask(0o077)
     os.makedirs(RUN, 0o711, exist_ok=True)
     os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
@@ -193,7 +196,7 @@ def main() -> int:
         os.close(log)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
-    hub = Hub()
+    hub = Hub(idle_s)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda _number, _frame: hub.stop())
     hub.run()

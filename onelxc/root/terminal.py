@@ -15,7 +15,7 @@ import time
 import tty
 
 from onelxc.errors import HelperError, NoSuchDomainError
-from onelxc.model import deploy_id
+from onelxc.names import deploy_id
 from onelxc.root import hub
 from onelxc.root.consoles import socket_path
 
