@@ -97,7 +97,7 @@ def front_end(remotes: str) -> FrontEnd:
 
 def defaults(remotes: str, driver: str) -> Defaults:
     """The operator's defaults; `etc/vmm/<driver>` (OpenNebula 5 and later) goes before `vmm/<driver>`."""
-    places = [os.path.join(remotes, *directory, driver, "vmm_exec_lxc.conf") for directory in (("etc", "vmm"), ("vmm",))]
+    places = [os.path.join(remotes, way, driver, "vmm_exec_lxc.conf") for way in ("etc/vmm", "vmm")]
     file = _File.read(next((place for place in places if os.path.exists(place)), places[0]))
     file.allow("CPU", "VCPU", "MEMORY", "SWAP", "OS", "BOOT", "FEATURES", "NIC", "RAW", "LXC_UNPRIVILEGED")
     file.allow("LXC_PROFILES", "SHUTDOWN_TIMEOUT", "SHUTDOWN_FORCE", "VERBOSE")
@@ -171,7 +171,7 @@ class _File:
     def find(self, name: str) -> optext.Attribute | None:
         for attribute in self.attributes:
             if attribute.name not in self._allowed:
-                raise ConfigurationError(f"Cannot use {self.path}: line {attribute.line}: unknown name {attribute.name}")
+                raise self._wrong(attribute.name, f"in line {attribute.line} is no name that is known here")
         return next((attribute for attribute in reversed(self.attributes) if attribute.name == name), None)
 
     def text(self, name: str, default: str) -> str:

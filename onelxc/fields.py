@@ -10,7 +10,7 @@ import base64
 import binascii
 import ipaddress
 import re
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from lxml import etree
 
@@ -31,7 +31,7 @@ class Fields:
     def error(self, text: str) -> TemplateError:
         return TemplateError(f"{self.where}: {text}")
 
-    def sub(self, name: str) -> Optional[Fields]:
+    def sub(self, name: str) -> Fields | None:
         """The first child vector of that name, None if there is none."""
         child = self.element.find(name)
         return None if child is None else Fields(child, f"{self.where}: {name}")
@@ -64,7 +64,7 @@ class Fields:
             raise self.error(f"{name} is out of range: {text!r}")
         return value
 
-    def whole(self, name: str, what: str = "a whole number", *, least: int = 0, most: int = 2**62) -> Optional[int]:
+    def whole(self, name: str, what: str = "a whole number", *, least: int = 0, most: int = 2**62) -> int | None:
         """A whole number between `least` and `most`, None if nothing is there."""
         text = self.text(name)
         if not text:

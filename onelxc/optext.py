@@ -26,7 +26,7 @@ _ESCAPE = re.compile(r'\\(["\\])')
 
 @dataclass(frozen=True)
 class Attribute:
-    """One attribute. A plain value is in `value`; of a vector, `items` has (key, value), the key "" where none stood."""
+    """One attribute. A plain value is in `value`; `items` of a vector has (key, value), "" for no key."""
 
     name: str
     line: int

@@ -1,8 +1,8 @@
 """Which VM is meant? OpenNebula's XML, of either generation, into the frozen `model.Vm`.
 
-Roots: `<TEMPLATE>` (3.2.1), `<VM>` and `<VMM_DRIVER_ACTION_DATA>` (6.x, 7.x), plain or in base64. Everything is checked
-and every policy decided here: defaults, privilege, what is tolerated with a note, what is refused. `domainxml` then only
-writes it down. Touches no disk.
+Roots: `<TEMPLATE>` (3.2.1), `<VM>` and `<VMM_DRIVER_ACTION_DATA>` (6.x, 7.x), plain or in base64. Everything is
+checked and every policy decided here: defaults, privilege, what is tolerated with a note, what is refused. `domainxml`
+then only writes it down. Touches no disk.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from dataclasses import dataclass
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any
 
 from onelxc import template_disks, template_nics
 from onelxc.config import Defaults, HostConfig
@@ -20,7 +20,7 @@ from onelxc.fields import Fields, parse_xml
 from onelxc.model import Graphics, Vm
 
 RAW_TYPE = "libvirt-lxc"
-"""RAW = [ TYPE = "libvirt-lxc", DATA = "<features>…" ]: a fragment of libvirt's domain XML. All other types are not ours."""
+"""RAW = [ TYPE="libvirt-lxc", DATA="<features>…" ]: a fragment of libvirt's domain XML. Other types are foreign."""
 
 MEMORY_LEAST_MB = 32
 """libvirt's controller lives in the container's memory cgroup: with 20 MB the whole container was seen to end."""
@@ -34,8 +34,8 @@ _CPUS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\Z")
 class Policy:
     """The operator's defaults and the host's rules, by which a template is read."""
 
-    defaults: Defaults = Defaults()
-    host: HostConfig = HostConfig()
+    defaults: Defaults = field(default_factory=Defaults)
+    host: HostConfig = field(default_factory=HostConfig)
 
 
 def parse(data: bytes, vm_id: int, vm_dir: str, policy: Policy) -> Vm:
@@ -219,7 +219,8 @@ def _raw(template: Fields, host: HostConfig, notes: list[str]) -> tuple[str, ...
 
 def _pinning(template: Fields) -> tuple[str, str]:
     """CPUs and memory nodes of all NUMA_NODEs that the scheduler has pinned (TOPOLOGY/PIN_POLICY)."""
-    cpus, nodes = [], []
+    cpus: list[str] = []
+    nodes: list[str] = []
     for element in template.all("NUMA_NODE"):
         fields = Fields(element, f"{template.where}: NUMA_NODE")
         for name, list_ in (("CPUS", cpus), ("MEMORY_NODE_ID", nodes)):
@@ -242,7 +243,7 @@ def _refuse(template: Fields, notes: list[str]) -> None:
             notes.append(f"{name} is not for containers: ignored")
 
 
-def _graphics(template: Fields, notes: list[str]) -> Optional[Graphics]:
+def _graphics(template: Fields, notes: list[str]) -> Graphics | None:
     for element in template.all("GRAPHICS"):
         fields = Fields(element, f"{template.where}: GRAPHICS")
         kind = fields.text("TYPE").lower()

@@ -1,15 +1,14 @@
 """Which disks does the template ask for, and where do they lie on this host?
 
-A DISK lies at `<VM's directory>/disk.<DISK_ID>`, whatever it is: a file, a symbolic link to one in a shared datastore or
-to a block device. Only a Ceph image is nowhere in the file system. The context ISO is the disk that CONTEXT/DISK_ID
-names; 3.2.1 names none and puts it right after the last DISK (src/vm/VirtualMachine.cc, generate_context). It opens
-nothing: whether something is there, and what, is the root helper's to see.
+A DISK lies at `<VM's directory>/disk.<DISK_ID>`, whatever it is: a file, a symbolic link to one in a shared datastore
+or to a block device. Only a Ceph image is nowhere in the file system. The context ISO is the disk that CONTEXT/DISK_ID
+names; 3.2.1 names none and puts it right after the last DISK. It opens nothing: whether something is there, and what,
+is the root helper's to see.
 """
 
 from __future__ import annotations
 
 import posixpath
-from typing import Optional
 
 from onelxc.fields import Fields
 from onelxc.model import Disk, IoLimits
@@ -82,7 +81,7 @@ def disk(fields: Fields, number: int, vm_id: int, vm_dir: str) -> Disk:
     )
 
 
-def context_disk(template: Fields, found: tuple[Disk, ...], vm_dir: str) -> Optional[Disk]:
+def context_disk(template: Fields, found: tuple[Disk, ...], vm_dir: str) -> Disk | None:
     """The disk with the context, None if there is no CONTEXT."""
     context = template.sub("CONTEXT")
     if context is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Optional
+from dataclasses import dataclass
 
 from onelxc.errors import NotSupportedError
 from onelxc.fields import Fields
@@ -22,16 +22,26 @@ _INTERFACE = re.compile(r"[^\s/:\x00-\x1f]{1,15}\Z")
 _FILTER = re.compile(r"[\w.:-]+\Z")
 
 
+@dataclass(frozen=True)
+class _Around:
+    """What a NIC is read with: its VM, the operator's filter, CONTEXT, and the list that notes go to."""
+
+    vm_id: int
+    filter: str
+    context: Fields | None
+    notes: list[str]
+
+
 def nics(template: Fields, vm_id: int, default_filter: str, notes: list[str]) -> tuple[Nic, ...]:
     """All NICs and PCI NICs, by NIC_ID. One default route only: the kernel refuses a second one."""
-    context = template.sub("CONTEXT")
+    around = _Around(vm_id, default_filter, template.sub("CONTEXT"), notes)
     found = []
     for number, element in enumerate(template.all("NIC")):
         fields = Fields(element, f"{template.where}: NIC {element.findtext('NIC_ID') or number}")
-        found.append(nic(fields, number, vm_id, default_filter, context, notes))
+        found.append(_nic(fields, number, around))
     for element in template.all("PCI"):
         fields = Fields(element, f"{template.where}: PCI {element.findtext('PCI_ID') or ''}".rstrip())
-        found.append(_pci_nic(fields, vm_id, context, notes))
+        found.append(_pci_nic(fields, around))
     found.sort(key=lambda one: one.nic_id)
     for before, after in zip(found, found[1:]):
         if before.nic_id == after.nic_id:
@@ -39,12 +49,10 @@ def nics(template: Fields, vm_id: int, default_filter: str, notes: list[str]) ->
     return tuple(found)
 
 
-def nic(
-    fields: Fields, number: int, vm_id: int, default_filter: str, context: Optional[Fields], notes: list[str]
-) -> Nic:
+def _nic(fields: Fields, number: int, around: _Around) -> Nic:
     """One NIC; `number` stands for NIC_ID where 3.2.1 leaves it out."""
     nic_id = _nic_id(fields, number)
-    device = nic_device(vm_id, nic_id)
+    device = nic_device(around.vm_id, nic_id)
     if len(device) > NAME_LIMIT:
         raise fields.error(f"the interface {device!r} has a longer name than the {NAME_LIMIT} characters of Linux")
     bridge = fields.text("BRIDGE")
@@ -55,14 +63,15 @@ def nic(
     vn_mad = fields.text("VN_MAD").lower()
     bridge_type = fields.text("BRIDGE_TYPE").lower() or ("openvswitch" if vn_mad.startswith("ovswitch") else "linux")
     if bridge_type not in ("linux", "openvswitch"):
-        raise NotSupportedError(f"{fields.where}: BRIDGE_TYPE {bridge_type} is not for containers: linux or openvswitch")
-    name = fields.text("FILTER", default=default_filter)
+        raise NotSupportedError(
+            f"{fields.where}: BRIDGE_TYPE {bridge_type}: containers have linux and openvswitch only"
+        )
+    name = fields.text("FILTER", default=around.filter)
     if name and not _FILTER.match(name):
         raise fields.error(f"FILTER is not a name: {name!r}")
     return _addressed(
         fields,
-        context,
-        notes,
+        around,
         Nic(
             nic_id=nic_id,
             device=device,
@@ -79,7 +88,7 @@ def nic(
     )
 
 
-def _pci_nic(fields: Fields, vm_id: int, context: Optional[Fields], notes: list[str]) -> Nic:
+def _pci_nic(fields: Fields, around: _Around) -> Nic:
     """A PCI device with TYPE=NIC: the host's interface moves into the container. Other devices cannot."""
     if fields.text("TYPE").upper() != "NIC":
         raise NotSupportedError(f"{fields.where}: of PCI devices a container can have network interfaces only")
@@ -91,7 +100,7 @@ def _pci_nic(fields: Fields, vm_id: int, context: Optional[Fields], notes: list[
     nic_id = _nic_id(fields, None)
     plain = Nic(
         nic_id=nic_id,
-        device=nic_device(vm_id, nic_id),
+        device=nic_device(around.vm_id, nic_id),
         bridge="",
         mac=fields.mac("MAC"),
         bridge_type="none",
@@ -100,10 +109,10 @@ def _pci_nic(fields: Fields, vm_id: int, context: Optional[Fields], notes: list[
         attach=fields.yes("ATTACH"),
         pci_address=f"{domain or '0000'}:{bus}:{slot}.{function}",
     )
-    return _addressed(fields, context, notes, plain)
+    return _addressed(fields, around, plain)
 
 
-def _nic_id(fields: Fields, number: Optional[int]) -> int:
+def _nic_id(fields: Fields, number: int | None) -> int:
     found = fields.whole("NIC_ID", least=0, most=1_000_000)
     if found is not None:
         return found
@@ -112,10 +121,10 @@ def _nic_id(fields: Fields, number: Optional[int]) -> int:
     return number
 
 
-def _addressed(fields: Fields, context: Optional[Fields], notes: list[str], plain: Nic) -> Nic:
+def _addressed(fields: Fields, around: _Around, plain: Nic) -> Nic:
     """`plain` with addresses, gateways and MTU, each from the NIC, else from its part of CONTEXT."""
     prefix = f"ETH{plain.nic_id}_"
-    eth = context or Fields(fields.element.makeelement("CONTEXT", {}), fields.where)
+    eth = around.context or Fields(fields.element.makeelement("CONTEXT", {}), fields.where)
     values = vars(plain).copy()
     values["mtu"] = fields.whole("MTU", least=68, most=65535) or eth.whole(f"{prefix}MTU", least=68, most=65535)
     if fields.text("METHOD", default=eth.text(f"{prefix}METHOD")).lower() in ("", "static"):
@@ -126,7 +135,7 @@ def _addressed(fields: Fields, context: Optional[Fields], notes: list[str], plai
             gateway = fields.address("GATEWAY", "NETWORK_GATEWAY", version=4) or eth.address(
                 f"{prefix}GATEWAY", version=4
             )
-            values["gateway"] = _reachable(plain.nic_id, ip, values["prefix"], gateway, notes)
+            values["gateway"] = _reachable(plain.nic_id, ip, values["prefix"], gateway, around.notes)
     if fields.text("IP6_METHOD", default=eth.text(f"{prefix}IP6_METHOD")).lower() in ("", "static"):
         ip6 = fields.address("IP6", "IP6_GLOBAL", "IP6_ULA", version=6)
         if ip6:
@@ -139,14 +148,14 @@ def _addressed(fields: Fields, context: Optional[Fields], notes: list[str], plai
             # a link-local gateway is reachable by the interface alone
             local = bool(gateway6) and ipaddress.ip_address(gateway6).is_link_local
             values["gateway6"] = (
-                gateway6 if local else _reachable(plain.nic_id, ip6, values["prefix6"], gateway6, notes)
+                gateway6 if local else _reachable(plain.nic_id, ip6, values["prefix6"], gateway6, around.notes)
             )
     return Nic(**values)
 
 
 def _prefix(fields: Fields, eth: Fields, prefix: str) -> int:
     """The length of the network's prefix, from a mask or a length."""
-    for place, name in ((fields, "NETWORK_MASK"), (fields, "NETMASK"), (eth, f"{prefix}MASK"), (eth, f"{prefix}NETMASK")):
+    for place, name in ((fields, "NETWORK_MASK"), (fields, "NETMASK"), (eth, f"{prefix}MASK")):
         text = place.text(name)
         if text:
             try:
@@ -167,7 +176,7 @@ def _reachable(nic_id: int, ip: str, prefix: int, gateway: str, notes: list[str]
     return ""
 
 
-def _bandwidth(fields: Fields, direction: str) -> Optional[Bandwidth]:
+def _bandwidth(fields: Fields, direction: str) -> Bandwidth | None:
     """{INBOUND,OUTBOUND}_{AVG_BW,PEAK_BW,PEAK_KB}, in kilobytes; a limit needs an average."""
     average = fields.whole(f"{direction}_AVG_BW", "a number of KB/s", most=1 << 31)
     peak = fields.whole(f"{direction}_PEAK_BW", "a number of KB/s", most=1 << 31)
