@@ -29,6 +29,15 @@ class Generation(enum.Enum):
     MONITORD = "monitord"
 
 
+class Privileged(enum.Enum):
+    """Whether the operator lets containers be privileged, as far as the host allows it: never, if the template asks
+    for it (LXC_UNPRIVILEGED=no), or unless it says LXC_UNPRIVILEGED=yes."""
+
+    NEVER = "no"
+    ASKED = "yes"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True)
 class FrontEnd:
     """What install.sh found. `framed`: errors have to stand in a frame to reach the user (up to 6.0.2)."""
@@ -51,13 +60,18 @@ class Defaults:
     memory_mb: int = 512
     swap_mb: int = 0
     init: str = "/sbin/init"
-    privileged: bool = False
+    arch: str = ""
+    privileged: Privileged = Privileged.ASKED
+    nic_bridge: str = ""
     nic_filter: str = ""
+    nic_guest: str = "eth"
     capabilities: tuple[tuple[str, bool], ...] = ()
     profiles: tuple[str, ...] = ()
     raw: tuple[str, ...] = ()
-    shutdown_timeout_s: float = 120.0
+    shutdown_timeout_s: float = 60.0
     shutdown_force: bool = True
+    reboot_timeout_s: float = 60.0
+    lock_timeout_s: float = 300.0
     verbose: bool = False
 
 
@@ -72,9 +86,7 @@ class HostConfig:
     raw: bool = False
     import_timeout_s: float = 3600.0
     fsck_timeout_s: float = 600.0
-    lock_timeout_s: float = 600.0
     exec_timeout_s: float = 3600.0
-    cache: bool = True
     cache_path: str = "/var/lib/onelxc/cache"
     cache_max_mb: int = 20480
     console_log_kib: int = 1024
@@ -99,24 +111,36 @@ def defaults(remotes: str, driver: str) -> Defaults:
     """The operator's defaults; `etc/vmm/<driver>` (OpenNebula 5 and later) goes before `vmm/<driver>`."""
     places = [os.path.join(remotes, way, driver, "vmm_exec_lxc.conf") for way in ("etc/vmm", "vmm")]
     file = _File.read(next((place for place in places if os.path.exists(place)), places[0]))
-    file.allow("CPU", "VCPU", "MEMORY", "SWAP", "OS", "BOOT", "FEATURES", "NIC", "RAW", "LXC_UNPRIVILEGED")
-    file.allow("LXC_PROFILES", "SHUTDOWN_TIMEOUT", "SHUTDOWN_FORCE", "VERBOSE")
+    file.allow("CPU", "VCPU", "MEMORY", "SWAP", "OS", "FEATURES", "NIC", "RAW", "TIMEOUTS", "LXC_PROFILES")
+    file.allow_keys("OS", "INIT", "BOOT", "ARCH")
+    file.allow_keys("FEATURES", "PRIVILEGED", "VERBOSE", "KEEP", "DROP")
+    file.allow_keys("NIC", "BRIDGE", "FILTER", "GUEST")
+    file.allow_keys("TIMEOUTS", "SHUTDOWN_TIMEOUT", "SHUTDOWN_FORCE", "REBOOT_TIMEOUT", "LOCK_TIMEOUT")
     standard = Defaults()
-    init = file.key("OS", "INIT", file.key("OS", "BOOT", file.text("BOOT", standard.init)))
+    privileged = file.key("FEATURES", "PRIVILEGED", standard.privileged.value).lower()
+    if privileged not in [each.value for each in Privileged]:
+        raise ConfigurationError(
+            f"Cannot use {file.path}: FEATURES/PRIVILEGED is not yes, no or always: {privileged!r}"
+        )
     return Defaults(
         cpu=file.number("CPU", standard.cpu),
         vcpu=file.whole("VCPU", 0) or None,
         memory_mb=file.whole("MEMORY", standard.memory_mb),
         swap_mb=file.whole("SWAP", standard.swap_mb),
-        init=init,
-        privileged=not file.yes("LXC_UNPRIVILEGED", not standard.privileged),
+        init=file.key("OS", "INIT", file.key("OS", "BOOT", standard.init)),
+        arch=file.key("OS", "ARCH", standard.arch),
+        privileged=Privileged(privileged),
+        nic_bridge=file.key("NIC", "BRIDGE", standard.nic_bridge),
         nic_filter=file.key("NIC", "FILTER", standard.nic_filter),
+        nic_guest=file.key("NIC", "GUEST", standard.nic_guest),
         capabilities=file.capabilities("FEATURES"),
         profiles=tuple(file.text("LXC_PROFILES", "").replace(",", " ").split()),
         raw=file.raw("RAW"),
-        shutdown_timeout_s=file.number("SHUTDOWN_TIMEOUT", standard.shutdown_timeout_s),
-        shutdown_force=file.yes("SHUTDOWN_FORCE", standard.shutdown_force),
-        verbose=file.yes("VERBOSE", standard.verbose),
+        shutdown_timeout_s=file.number_key("TIMEOUTS", "SHUTDOWN_TIMEOUT", standard.shutdown_timeout_s),
+        shutdown_force=file.yes_key("TIMEOUTS", "SHUTDOWN_FORCE", standard.shutdown_force),
+        reboot_timeout_s=file.number_key("TIMEOUTS", "REBOOT_TIMEOUT", standard.reboot_timeout_s),
+        lock_timeout_s=file.number_key("TIMEOUTS", "LOCK_TIMEOUT", standard.lock_timeout_s),
+        verbose=file.yes_key("FEATURES", "VERBOSE", standard.verbose),
     )
 
 
@@ -124,7 +148,7 @@ def host(path: str = HOST_CONF) -> HostConfig:
     """The host's policy."""
     file = _File.read(path)
     file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW", "IMPORT_TIMEOUT", "FSCK_TIMEOUT")
-    file.allow("LOCK_TIMEOUT", "EXEC_TIMEOUT", "CACHE", "CACHE_PATH", "CACHE_MAX_MB", "CONSOLE_LOG_KIB")
+    file.allow("EXEC_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB")
     standard = HostConfig()
     found = HostConfig(
         datastores=file.paths("DATASTORES", standard.datastores),
@@ -134,11 +158,9 @@ def host(path: str = HOST_CONF) -> HostConfig:
         raw=file.yes("RAW", standard.raw),
         import_timeout_s=file.number("IMPORT_TIMEOUT", standard.import_timeout_s),
         fsck_timeout_s=file.number("FSCK_TIMEOUT", standard.fsck_timeout_s),
-        lock_timeout_s=file.number("LOCK_TIMEOUT", standard.lock_timeout_s),
         exec_timeout_s=file.number("EXEC_TIMEOUT", standard.exec_timeout_s),
-        cache=file.yes("CACHE", standard.cache),
-        cache_path=file.paths("CACHE_PATH", (standard.cache_path,))[0],
-        cache_max_mb=file.whole("CACHE_MAX_MB", standard.cache_max_mb),
+        cache_path=file.path_key("CACHE", "DIRECTORY", standard.cache_path),
+        cache_max_mb=file.whole_key("CACHE", "SIZE", standard.cache_max_mb),
         console_log_kib=file.whole("CONSOLE_LOG_KIB", standard.console_log_kib),
     )
     if found.id_base < 65536 or found.id_count < 1 or found.id_base + found.id_count * 65536 >= 2**32:
@@ -153,6 +175,7 @@ class _File:
         self.path = path
         self.attributes = attributes
         self._allowed: set[str] = set()
+        self._keys: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def read(cls, path: str) -> _File:
@@ -168,10 +191,17 @@ class _File:
         """`names` are known too. `find` holds a file to what was allowed: a name mistyped must not go unheard."""
         self._allowed.update(names)
 
+    def allow_keys(self, name: str, *keys: str) -> None:
+        """The vector `name` may have these keys only."""
+        self._keys[name] = keys
+
     def find(self, name: str) -> optext.Attribute | None:
         for attribute in self.attributes:
             if attribute.name not in self._allowed:
-                raise self._wrong(attribute.name, f"in line {attribute.line} is no name that is known here")
+                raise self._wrong(attribute.name, f"in line {attribute.line} is no name known here")
+            for key, _ in attribute.items if attribute.name in self._keys else ():
+                if key not in self._keys[attribute.name]:
+                    raise self._wrong(f"{attribute.name}/{key}", f"in line {attribute.line} is no name known here")
         return next((attribute for attribute in reversed(self.attributes) if attribute.name == name), None)
 
     def text(self, name: str, default: str) -> str:
@@ -184,36 +214,36 @@ class _File:
 
     def key(self, name: str, key: str, default: str) -> str:
         found = self.find(name)
-        value = found.get(key) if found else None
+        if found is None:
+            return default
+        if not found.vector:
+            raise self._wrong(name, f"is a value, not a vector as {name} = [ {key} = … ]")
+        value = found.get(key)
         return default if value is None else value
 
     def number(self, name: str, default: float) -> float:
-        text = self.text(name, "")
-        if not text:
-            return default
-        try:
-            value = float(text)
-        except ValueError:
-            raise self._wrong(name, f"is not a number: {text!r}") from None
-        if not 0 < value < float("inf"):
-            raise self._wrong(name, f"is not above 0: {text!r}")
-        return value
+        return self._number(name, self.text(name, ""), default)
+
+    def number_key(self, name: str, key: str, default: float) -> float:
+        return self._number(f"{name}/{key}", self.key(name, key, ""), default)
 
     def whole(self, name: str, default: int) -> int:
-        text = self.text(name, "")
-        if not text:
-            return default
-        if not (text.isascii() and text.isdigit()):
-            raise self._wrong(name, f"is not a whole number: {text!r}")
-        return int(text)
+        return self._whole(name, self.text(name, ""), default)
+
+    def whole_key(self, name: str, key: str, default: int) -> int:
+        return self._whole(f"{name}/{key}", self.key(name, key, ""), default)
 
     def yes(self, name: str, default: bool) -> bool:
-        text = self.text(name, "").strip().lower()
-        if not text:
-            return default
-        if text not in ("yes", "no", "true", "false"):
-            raise self._wrong(name, f"is neither yes nor no: {text!r}")
-        return text in ("yes", "true")
+        return self._yes(name, self.text(name, ""), default)
+
+    def yes_key(self, name: str, key: str, default: bool) -> bool:
+        return self._yes(f"{name}/{key}", self.key(name, key, ""), default)
+
+    def path_key(self, name: str, key: str, default: str) -> str:
+        text = self.key(name, key, default)
+        if not text.startswith("/"):
+            raise self._wrong(f"{name}/{key}", f"is not an absolute path: {text!r}")
+        return os.path.normpath(text)
 
     def paths(self, name: str, default: tuple[str, ...]) -> tuple[str, ...]:
         found = self.find(name)
@@ -231,7 +261,7 @@ class _File:
         result = []
         for key, text in found.items if found else ():
             if key not in ("KEEP", "DROP"):
-                raise self._wrong(name, f"has KEEP and DROP only: {key}")
+                continue
             for word in text.replace(",", " ").lower().split():
                 if not CAPABILITY.match(word):
                     raise self._wrong(f"{name}/{key}", f"is no capability: {word!r}")
@@ -245,6 +275,30 @@ class _File:
             if attribute.name == name:
                 fragments.append((attribute.get("DATA") if attribute.vector else attribute.value) or "")
         return tuple(fragment for fragment in fragments if fragment.strip())
+
+    def _number(self, name: str, text: str, default: float) -> float:
+        if not text:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            raise self._wrong(name, f"is not a number: {text!r}") from None
+        if not 0 < value < float("inf"):
+            raise self._wrong(name, f"is not above 0: {text!r}")
+        return value
+
+    def _whole(self, name: str, text: str, default: int) -> int:
+        if not text:
+            return default
+        if not (text.isascii() and text.isdigit()):
+            raise self._wrong(name, f"is not a whole number: {text!r}")
+        return int(text)
+
+    def _yes(self, name: str, text: str, default: bool) -> bool:
+        word = text.strip().lower()
+        if word not in ("", "yes", "no", "true", "false"):
+            raise self._wrong(name, f"is neither yes nor no: {text!r}")
+        return word in ("yes", "true") if word else default
 
     def _wrong(self, name: str, what: str) -> ConfigurationError:
         return ConfigurationError(f"Cannot use {self.path}: {name} {what}")

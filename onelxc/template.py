@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onelxc import template_disks, template_nics
-from onelxc.config import Defaults, HostConfig
+from onelxc.config import Defaults, HostConfig, Privileged
 from onelxc.errors import NotSupportedError
 from onelxc.fields import Fields, parse_xml
 from onelxc.model import Graphics, Vm
@@ -89,11 +89,11 @@ def build(root: Any, vm_id: int, vm_dir: str, policy: Policy) -> Vm:
         init=init,
         init_arguments=arguments,
         init_environment=_environment(template),
-        arch=_arch(template),
+        arch=_arch(template, policy.defaults),
         uuid=_uuid(template, notes),
         disks=disks,
         context=template_disks.context_disk(template, disks, vm_dir),
-        nics=template_nics.nics(template, vm_id, policy.defaults.nic_filter, notes),
+        nics=template_nics.nics(template, vm_id, policy.defaults, notes),
         privileged=_privileged(template, user, policy, notes),
         cpuset=cpuset,
         nodeset=nodeset,
@@ -160,8 +160,8 @@ def _environment(template: Fields) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _arch(template: Fields) -> str:
-    return template.text("OS/ARCH", "LXC/ARCH")
+def _arch(template: Fields, defaults: Defaults) -> str:
+    return template.text("OS/ARCH", "LXC/ARCH", default=defaults.arch)
 
 
 def _uuid(template: Fields, notes: list[str]) -> str:
@@ -186,7 +186,10 @@ def _privileged(template: Fields, user: Fields, policy: Policy, notes: list[str]
     elif text:
         raise template.error(f"LXC_UNPRIVILEGED is neither yes nor no: {text!r}")
     else:
-        wanted = policy.defaults.privileged
+        wanted = policy.defaults.privileged is Privileged.ALWAYS
+    if wanted and policy.defaults.privileged is Privileged.NEVER:
+        notes.append("LXC_UNPRIVILEGED=no: the operator allows unprivileged containers only, so it runs as one")
+        return False
     if wanted and not policy.host.privileged:
         notes.append("LXC_UNPRIVILEGED=no: this host allows unprivileged containers only, so it runs as one")
         return False

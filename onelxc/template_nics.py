@@ -12,6 +12,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
+from onelxc.config import Defaults
 from onelxc.errors import NotSupportedError
 from onelxc.fields import Fields
 from onelxc.model import Bandwidth, Nic, nic_device
@@ -24,17 +25,17 @@ _FILTER = re.compile(r"[\w.:-]+\Z")
 
 @dataclass(frozen=True)
 class _Around:
-    """What a NIC is read with: its VM, the operator's filter, CONTEXT, and the list that notes go to."""
+    """What a NIC is read with: its VM, the operator's defaults, CONTEXT, and the list that notes go to."""
 
     vm_id: int
-    filter: str
+    defaults: Defaults
     context: Fields | None
     notes: list[str]
 
 
-def nics(template: Fields, vm_id: int, default_filter: str, notes: list[str]) -> tuple[Nic, ...]:
+def nics(template: Fields, vm_id: int, defaults: Defaults, notes: list[str]) -> tuple[Nic, ...]:
     """All NICs and PCI NICs, by NIC_ID. One default route only: the kernel refuses a second one."""
-    around = _Around(vm_id, default_filter, template.sub("CONTEXT"), notes)
+    around = _Around(vm_id, defaults, template.sub("CONTEXT"), notes)
     found = []
     for number, element in enumerate(template.all("NIC")):
         fields = Fields(element, f"{template.where}: NIC {element.findtext('NIC_ID') or number}")
@@ -55,7 +56,7 @@ def _nic(fields: Fields, number: int, around: _Around) -> Nic:
     device = nic_device(around.vm_id, nic_id)
     if len(device) > NAME_LIMIT:
         raise fields.error(f"the interface {device!r} has a longer name than the {NAME_LIMIT} characters of Linux")
-    bridge = fields.text("BRIDGE")
+    bridge = fields.text("BRIDGE", default=around.defaults.nic_bridge)
     if not bridge:
         raise fields.error("no BRIDGE: which bridge of the host does it belong to?")
     if not _INTERFACE.match(bridge):
@@ -66,7 +67,7 @@ def _nic(fields: Fields, number: int, around: _Around) -> Nic:
         raise NotSupportedError(
             f"{fields.where}: BRIDGE_TYPE {bridge_type}: containers have linux and openvswitch only"
         )
-    name = fields.text("FILTER", default=around.filter)
+    name = fields.text("FILTER", default=around.defaults.nic_filter)
     if name and not _FILTER.match(name):
         raise fields.error(f"FILTER is not a name: {name!r}")
     return _addressed(
@@ -79,7 +80,7 @@ def _nic(fields: Fields, number: int, around: _Around) -> Nic:
             mac=fields.mac("MAC"),
             bridge_type=bridge_type,
             vn_mad=vn_mad,
-            guest_name=f"eth{nic_id}",
+            guest_name=f"{around.defaults.nic_guest}{nic_id}",
             filter=name,
             inbound=_bandwidth(fields, "INBOUND"),
             outbound=_bandwidth(fields, "OUTBOUND"),
@@ -105,7 +106,7 @@ def _pci_nic(fields: Fields, around: _Around) -> Nic:
         mac=fields.mac("MAC"),
         bridge_type="none",
         vn_mad=fields.text("VN_MAD").lower(),
-        guest_name=f"eth{nic_id}",
+        guest_name=f"{around.defaults.nic_guest}{nic_id}",
         attach=fields.yes("ATTACH"),
         pci_address=f"{domain or '0000'}:{bus}:{slot}.{function}",
     )
