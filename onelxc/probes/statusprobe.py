@@ -1,0 +1,112 @@
+"""Which VMs run here, and which have ended? vm/status, every five seconds, and the state in 3.2.1's poll.
+
+Looking costs nothing but the kernel's files. Only when something has changed (or every three minutes, or while
+somebody works on a VM) the root helper is asked, which first lets go of what a dead container held and then says so:
+OpenNebula may move or delete the disks the moment it reads POWEROFF. It also knows which frozen container is one that
+we suspended, and which is only held still while its disks are copied.
+
+oned ignores what it is told within 30 s after it changed a VM's state itself (InformationManager.cc), so each change
+is repeated for a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from onelxc import cgroup, containers, helperinfo, kernelfile, monitoring, names, samples, usage
+from onelxc.errors import HelperError
+
+FILE = "onelxc-vm-status"
+SYNC_S = 180
+"""monitord.conf's default for PROBES_PERIOD/SYNC_STATE_VM."""
+REPEAT_S = 60
+PAUSED_S = 30
+"""A container that stays frozen is asked about again after this time."""
+
+RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
+WORDS = {RUNNING: "RUNNING", PAUSED: "SUSPENDED", OFF: "POWEROFF", BUSY: "UNKNOWN"}
+"""The helper's words in OpenNebula's. Of a VM on which an action works now nothing is known until that has ended."""
+
+
+def run() -> str:
+    """vm/status's text. HelperError when it would have to guess."""
+    kept = samples.load(FILE)
+    now = samples.now_s()
+    before: dict[str, str] = kept.get("states", {})
+    # a new client has to say all at once: monitord has forgotten what the one before it said
+    sync = kept.get("parent") != os.getppid() or now - kept.get("synced", 0.0) >= _sync_period_s()
+    seen = look()
+    states, asked = before, float(kept.get("asked", 0.0))
+    frozen = any("/frozen" in one for one in seen)
+    if sync or seen != kept.get("seen") or BUSY in before.values() or (frozen and now - asked >= PAUSED_S):
+        states, asked = {**_running(seen), **verdicts()}, now
+        # of what the helper no longer knows nothing is held any more, whoever let go of it
+        states.update({vm: OFF for vm, state in before.items() if vm not in states and state != OFF})
+    changed = {vm: at for vm, at in kept.get("changed", {}).items() if vm in states and now - at < REPEAT_S}
+    changed.update({vm: now for vm, state in states.items() if state != before.get(vm)})
+    synced = now if sync else kept["synced"]
+    new = {"parent": os.getppid(), "synced": synced, "asked": asked, "seen": seen, "states": states, "changed": changed}
+    samples.save(FILE, new)
+    told = sorted(states if sync else changed, key=int)
+    text = "".join(monitoring.vm_state(int(vm), names.deploy_id(int(vm)), WORDS[states[vm]]) for vm in told)
+    return (monitoring.all_states() if sync else "") + text
+
+
+def reap_if_needed() -> str:
+    """For 3.2.1, which asks about VMs one by one, and no longer about those that it has deleted: let go of what is
+    dead. Nothing to print, but for what keeps the helper from it.
+    """
+    kept = samples.load(FILE)
+    now = samples.now_s()
+    seen = look()
+    if seen != kept.get("seen") or now - kept.get("asked", 0.0) >= SYNC_S:
+        try:
+            verdicts()
+        except HelperError as error:
+            return monitoring.lines({"ONELXC_WARNING": str(error)})
+        samples.save(FILE, {"asked": now, "seen": seen})
+    return ""
+
+
+def verdicts() -> dict[str, str]:
+    """How each VM of ours is, by its number as text, after what was dead has been let go."""
+    return {str(vm["id"]): str(vm["state"]) for vm in helperinfo.ask("reap")["vms"] if vm["state"] in WORDS}
+
+
+def look() -> list[str]:
+    """What is to be seen of OpenNebula's containers without root: a text for each, that changes when it does."""
+    mounted = cgroup.mounts()
+    devices = usage.devices()
+    found = []
+    for container in containers.running():
+        if container.vm_id is not None:
+            held = "/frozen" if cgroup.frozen(cgroup.of(container.controller, mounted)) else ""
+            lost = "/lost" if any(map(_lost, devices.get(container.vm_id, ()))) else ""
+            found.append(container.key + held + lost)
+    return found
+
+
+def _lost(device: str) -> bool:
+    """Whether the file behind a loop device has been deleted: `onevm delete` of 3.2.1 does so to running containers."""
+    base = os.path.realpath(f"/sys/dev/block/{device}")
+    for directory in (base, os.path.dirname(base)):  # a partition's files lie below its device's
+        file = kernelfile.text(f"{directory}/loop/backing_file")
+        if file:
+            return file.endswith(" (deleted)") or not os.path.exists(file)
+    return False
+
+
+def _running(seen: list[str]) -> dict[str, str]:
+    """Containers with an OpenNebula name, by VM. The helper says more of them, if they are ours."""
+    return {str(names.vm_id_of(one.partition("/")[0])): RUNNING for one in seen}
+
+
+def _sync_period_s() -> float:
+    """How often monitord wants to hear of all VMs: its configuration comes on stdin, as XML in one known spelling."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return SYNC_S
+    text = sys.stdin.read()
+    value = text.partition("<SYNC_STATE_VM>")[2].partition("</SYNC_STATE_VM>")[0]
+    digits = value.replace("<![CDATA[", "").replace("]]>", "").strip()
+    return float(digits) if digits.isdigit() else SYNC_S
