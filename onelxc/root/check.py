@@ -215,7 +215,8 @@ def the_user(user: str) -> Iterator[Problem]:
         yield Problem(True, f"no user {user}: OpenNebula's packages for hosts make it, or useradd")
         return
     as_user = ["setpriv", "--reuid", user, "--regid", str(account.pw_gid), "--init-groups", "--"]
-    if _works(["virsh", "-q", "-c", "lxc:///", "uri"]) and not _works([*as_user, "virsh", "-q", "-c", "lxc:///", "uri"]):
+    ask = ["virsh", "-q", "-c", "lxc:///", "uri"]
+    if _works(ask) and not _works([*as_user, *ask]):
         groups = [group.gr_name for group in grp.getgrall() if user in group.gr_mem]
         cause = "is not in group libvirt" if "libvirt" not in groups else "is in group libvirt, but is refused"
         yield Problem(True, f"{user} cannot use libvirt: it {cause} (libvirtd.conf: unix_sock_group, auth_unix_rw)")
