@@ -1,0 +1,184 @@
+"""Which file system is on a device, is it sound, and how is it mounted, made or grown?
+
+By content, never by name. Works on paths of block devices (or regular files where said); attaches nothing to a place
+in the tree. Images are hostile input: every option that an image could decide for itself and that could hurt the host
+(ext4's errors=panic) is given explicitly.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from onelxc import command
+from onelxc.errors import CommandError, StorageError
+from onelxc.root import syscalls
+
+Log = Callable[[str], None]
+
+EXT = ("ext2", "ext3", "ext4")
+SUPPORTED = (*EXT, "xfs", "btrfs", "squashfs", "erofs", "f2fs")
+FSCK_LIMIT_S = 600.0
+_GROW_FROM = 4 << 20
+"""A file system is not grown for less than this: an ext4 group that could hold nothing but its own tables."""
+
+_TOOLS = {"xfs": "xfsprogs", "btrfs": "btrfs-progs", "ext4": "e2fsprogs"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What blkid says of a device or file. `kind` is "" where it sees nothing; `partitions` is "dos", "gpt" or ""."""
+
+    kind: str = ""
+    partitions: str = ""
+    uuid: str = ""
+
+
+def probe(path: str, *, offset: int = 0, pass_fds: tuple[int, ...] = ()) -> Found:
+    """What lies at `offset` of a device or file."""
+    argv = ["blkid", "-p", "-O", str(offset), "-o", "export", path]
+    try:
+        out = command.run(argv, ok=(0, 2), pass_fds=pass_fds, verb=f"look at {path}")
+    except CommandError as error:
+        if error.status == 8:
+            raise StorageError(f"Cannot tell the file system of {path}: it bears the marks of more than one") from error
+        raise
+    values = dict(line.split("=", 1) for line in out.decode(errors="replace").splitlines() if "=" in line)
+    return Found(values.get("TYPE", ""), values.get("PTTYPE", ""), values.get("UUID", ""))
+
+
+def check(device: str, kind: str, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
+    """Repair what was not unmounted cleanly, as far as that needs no decision; StorageError with fsck's words.
+
+    ext4 only: xfs and btrfs replay their logs when mounted and have no such thing as a safe automatic repair.
+    """
+    if kind not in EXT or ext_is_clean(device):
+        return
+    try:
+        out = command.run(["e2fsck", "-p", device], ok=(0, 1, 2), timeout_s=limit_s, verb=f"check {device}")
+    except CommandError as error:
+        if error.status is None:
+            raise
+        said = " / ".join(line for line in error.stderr.splitlines() if line.strip()) or str(error)
+        raise StorageError(f"Cannot mount an image that was not unmounted cleanly: e2fsck: {said}") from error
+    log(f"file system was not clean: {_last_line(out)}")
+
+
+def _last_line(out: bytes) -> str:
+    lines = [line.strip() for line in out.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "e2fsck said nothing"
+
+
+def ext_is_clean(device: str) -> bool:
+    """Whether an ext file system was unmounted: marked valid, without errors, its journal empty."""
+    superblock = _ext_superblock(device)
+    state = struct.unpack_from("<H", superblock, 0x3A)[0]
+    incompat = struct.unpack_from("<I", superblock, 0x60)[0]
+    return bool(state & 1) and not state & 2 and not incompat & 0x4
+
+
+def ext_bytes(device: str) -> int:
+    """The size that an ext file system believes it has."""
+    superblock = _ext_superblock(device)
+    low, log_size = struct.unpack_from("<I", superblock, 0x4)[0], struct.unpack_from("<I", superblock, 0x18)[0]
+    high = struct.unpack_from("<I", superblock, 0x150)[0] if struct.unpack_from("<I", superblock, 0x60)[0] & 0x80 else 0
+    blocks, shift = int(low | (high << 32)), 10 + min(int(log_size), 6)
+    return blocks << shift
+
+
+def _ext_superblock(device: str) -> bytes:
+    with open(device, "rb", buffering=0) as file:
+        superblock = os.pread(file.fileno(), 1024, 1024)
+    if len(superblock) < 1024 or superblock[0x38:0x3A] != b"\x53\xef":
+        raise StorageError(f"Cannot read {device}: no ext file system there")
+    return superblock
+
+
+def mount(
+    device: str, kind: str, *, read_only: bool, nodev: bool, options: Mapping[str, str | None] | None = None
+) -> int:
+    """Mount the device as a detached mount and give its descriptor. suid stays in force: sudo has to work inside."""
+    if kind not in SUPPORTED:
+        raise StorageError(f"Cannot mount {device}: {_unknown(kind)}")
+    attributes = (syscalls.ATTR_RDONLY if read_only else 0) | (syscalls.ATTR_NODEV if nodev else 0)
+    words: dict[str, str | None] = {}
+    if kind in EXT:
+        words["errors"] = "remount-ro"
+    elif kind == "xfs":
+        words["nouuid"] = None
+    words.update(options or {})
+    if read_only:
+        words["ro"] = None
+    name = "ext4" if kind in EXT else kind
+    try:
+        return syscalls.mount_detached(name, device, words, attributes)
+    except OSError as error:
+        replay = {"ext4": "noload", "xfs": "norecovery"}.get(name)
+        if read_only and replay and error.errno in (errno.EROFS, errno.EINVAL, errno.EACCES):
+            try:  # an unclean journal on a device that must not be written
+                return syscalls.mount_detached(name, device, {**words, replay: None}, attributes)
+            except OSError:
+                pass
+        raise StorageError(f"Cannot mount {device} as {kind}: {error.strerror}") from error
+
+
+def _unknown(kind: str) -> str:
+    if not kind:
+        return "there is no file system on it"
+    known = {
+        "swap": "it is swap space",
+        "crypto_LUKS": "it is encrypted (LUKS)",
+        "LVM2_member": "it is an LVM physical volume",
+        "linux_raid_member": "it is part of a RAID",
+        "iso9660": "it is an ISO image",
+    }
+    return known.get(kind, f"{kind} is none of {', '.join(SUPPORTED)}")
+
+
+def make(device: str, kind: str, *, label: str = "") -> None:
+    """Put a new file system on a device (a volatile disk)."""
+    argv = {
+        "ext2": ["mkfs.ext2", "-q", "-F"],
+        "ext3": ["mkfs.ext3", "-q", "-F"],
+        "ext4": ["mkfs.ext4", "-q", "-F", "-m", "0"],
+        "xfs": ["mkfs.xfs", "-q", "-f"],
+        "btrfs": ["mkfs.btrfs", "-q", "-f"],
+    }.get(kind)
+    if argv is None:
+        raise StorageError(f"Cannot format a disk as {kind}: it must be ext2, ext3, ext4, xfs or btrfs")
+    named = ["-L", label[:12]] if label else []
+    command.run([*argv, *named, device], timeout_s=FSCK_LIMIT_S, verb=f"format {device} as {kind}")
+
+
+def grow_unmounted(device: str, kind: str, device_bytes: int, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
+    """Let an ext file system fill its device before it is mounted; the others grow mounted (`grow_mounted`)."""
+    if kind not in EXT or ext_bytes(device) + _GROW_FROM > device_bytes:
+        return
+    before = ext_bytes(device)
+    try:
+        command.run(
+            ["e2fsck", "-f", "-p", device], ok=(0, 1, 2), timeout_s=limit_s, verb=f"check {device} before growing"
+        )
+        command.run(["resize2fs", device], timeout_s=limit_s, verb=f"grow the file system on {device}")
+    except CommandError as error:
+        raise StorageError(str(error)) from error
+    log(f"file system grown from {before >> 20} to {ext_bytes(device) >> 20} MiB")
+
+
+def grow_mounted(device: str, kind: str, mount_point: str, *, limit_s: float = FSCK_LIMIT_S) -> None:
+    """Let a mounted file system fill its device, which has grown before."""
+    argv = {
+        "xfs": ["xfs_growfs", "-d", mount_point],
+        "btrfs": ["btrfs", "filesystem", "resize", "max", mount_point],
+    }.get(kind, ["resize2fs", device])
+    if kind not in (*EXT, "xfs", "btrfs"):
+        raise StorageError(f"Cannot grow a {kind} file system")
+    try:
+        command.run(argv, timeout_s=limit_s, verb=f"grow the {kind} file system at {mount_point}")
+    except CommandError as error:
+        if error.status is None and kind in _TOOLS:
+            raise StorageError(f"{error} (package {_TOOLS[kind]})") from error
+        raise StorageError(str(error)) from error

@@ -1,0 +1,374 @@
+"""How does a tar archive become the disk that it stands for? A sparse ext4 image, renamed over the archive.
+
+The image is made beside the archive as a file without a name, so that whatever is killed leaves nothing; it gets a
+name only when every byte has been written, and takes the archive's place by rename: a crash leaves either the archive
+or the finished image. Owner and mode of the archive go over to the image, as OpenNebula's user has to be able to move
+and delete it. One pass: the image is made as large as the archive says it needs, and is made smaller or anew where
+that was wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from onelxc import command
+from onelxc.errors import CommandError, OneLxcError, StorageError
+from onelxc.root import archive as archives
+from onelxc.root import filesystems, jail, loops, rootfs, syscalls
+
+Log = Callable[[str], None]
+
+_MIB = 1 << 20
+_CHUNK = 256 << 10
+_SLACK = 64 * _MIB
+_RESERVE = 32 * _MIB
+"""What an import leaves free in the datastore at least."""
+_BOMB_FACTOR = 32
+_BOMB_FLOOR = 512 * _MIB
+_FEATURES = (
+    "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,"
+    "dir_nlink,extra_isize,64bit,metadata_csum"
+)
+"""Named one by one: what mke2fs 1.47 takes by default (orphan_file) is unknown to e2fsck 1.46 of the next host."""
+
+_TAR = (
+    "tar",
+    "--extract",
+    "--file=-",
+    f"--directory={jail.TARGET}",
+    "--numeric-owner",
+    "--same-owner",
+    "--preserve-permissions",
+    "--delay-directory-restore",
+    "--xattrs",
+    "--xattrs-include=*",
+    "--acls",
+    "--sparse",
+    "--block-number",
+    "--warning=no-timestamp",
+    "--warning=no-unknown-keyword",
+    "--warning=no-xattr-write",
+)
+_NO_SPACE = "No space left on device"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The administrator's limits (host.conf)."""
+
+    seconds: float = 1800.0
+    largest_mb: int | None = None
+    """What an archive without a DISK/SIZE may unpack to at most; None leaves it to the archive's own size."""
+
+
+def import_archive(
+    dir_fd: int,
+    name: str,
+    *,
+    size_mb: int | None,
+    init: str | None,
+    log: Log,
+    abort: Callable[[], None],
+    limits: Limits = Limits(),
+    on_chunk: Callable[[bytes], None] | None = None,
+) -> bool:
+    """Turn the archive `name` (a regular file in the directory `dir_fd`) into an image; False if it is no archive.
+
+    `size_mb` is DISK/SIZE, `init` the init that a root file system must hold (None for a data disk). `abort` is called
+    several times a second and ends the import by raising. `on_chunk` sees the archive's bytes as they are read.
+    """
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return False
+        try:
+            archive = archives.detect(fd)
+            if archive is None:
+                return False
+            _Import(dir_fd, name, fd, archive, size_mb, init, log, abort, limits, on_chunk).run()
+        except (StorageError, CommandError) as error:
+            text = str(error)
+            raise StorageError(text if text.startswith("Cannot ") else f"Cannot import {name}: {text}") from error
+        except OSError as error:
+            raise StorageError(f"Cannot import {name}: {error.strerror}") from error
+        return True
+    finally:
+        os.close(fd)
+
+
+class _TooSmall(Exception):
+    """The image that was made could not hold the content."""
+
+
+@dataclass
+class _Import:
+    dir_fd: int
+    name: str
+    fd: int
+    archive: archives.Archive
+    size_mb: int | None
+    init: str | None
+    log: Log
+    abort: Callable[[], None]
+    limits: Limits
+    on_chunk: Callable[[bytes], None] | None
+
+    def run(self) -> None:
+        began = time.monotonic()
+        wanted = (self.size_mb or 0) * _MIB
+        largest = self._largest(wanted)
+        estimate = max(wanted, self._estimate())
+        sizes = [size for size in (min(estimate, largest), largest) if size]
+        if self.archive.unpacked is not None and self.archive.unpacked > largest:
+            raise StorageError(self._beyond(largest, self.archive.unpacked))
+        for size in dict.fromkeys(sizes):
+            image = self._temporary()
+            try:
+                content = self._fill(image, size)
+                final = self._fit(image, size, max(wanted, content + content // 8 + _SLACK))
+                self._replace(image)
+            except _TooSmall:
+                continue
+            finally:
+                os.close(image)
+            self.log(
+                f"imported {self.name} ({self.archive.compression} tar, {self.archive.end >> 20} MiB) as ext4:"
+                f" {content >> 20} MiB in {final >> 20} MiB, {time.monotonic() - began:.1f} s"
+            )
+            return
+        raise StorageError(self._beyond(largest, None))
+
+    def _estimate(self) -> int:
+        """An image's size that holds the content in most cases: tar's blocks are smaller than ext4's."""
+        unpacked = self.archive.unpacked if self.archive.unpacked is not None else 4 * self.archive.end
+        return _round(unpacked + unpacked // 4 + _SLACK)
+
+    def _largest(self, wanted: int) -> int:
+        """What the content may take: the disk's size, or what an archive of this size can honestly hold; free space."""
+        honest = (
+            self.limits.largest_mb * _MIB if self.limits.largest_mb else _BOMB_FACTOR * self.archive.end + _BOMB_FLOOR
+        )
+        space = os.fstatvfs(self.dir_fd)
+        free = space.f_bavail * space.f_frsize - _RESERVE
+        need = self.archive.unpacked if self.archive.unpacked is not None else self.archive.end
+        if free < need:
+            raise StorageError(
+                f"no space left: it needs {(need >> 20) + 1} MiB in the datastore, {max(free, 0) >> 20} MiB are free"
+            )
+        return max(_round(honest), wanted)
+
+    def _beyond(self, largest: int, unpacked: int | None) -> str:
+        what = f"{unpacked >> 20} MiB" if unpacked else "the archive's content"
+        return (
+            f"{what} does not fit into {largest >> 20} MiB, the most that an archive of {self.archive.end >> 10} KiB"
+            " may unpack to here; give the disk a larger SIZE if it is right"
+        )
+
+    def _temporary(self) -> int:
+        """A file without a name beside the archive; where the file system has no such thing, one that is unlinked."""
+        try:
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.dir_fd)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+        raise StorageError("the datastore's file system has no unnamed files (O_TMPFILE)")
+
+    def _fill(self, image: int, size: int) -> int:
+        """Make the file system and unpack into it; gives the bytes in use. _TooSmall if the content does not fit."""
+        os.ftruncate(image, 0)
+        os.ftruncate(image, size)
+        _make_ext4(image)
+        options: dict[str, str | None] = {"data": "writeback", "nobarrier": None, "noinit_itable": None}
+        with loops.attach(image, name=self.name) as loop:
+            mount_fd = filesystems.mount(loop.path, "ext4", read_only=False, nodev=True, options=options)
+        try:
+            with contextlib.suppress(OSError):
+                os.rmdir("lost+found", dir_fd=mount_fd)
+            self._unpack(mount_fd)
+            hoist(mount_fd)
+            if self.init is not None:
+                rootfs.find_init(mount_fd, self.init)
+            self._write_out(mount_fd)
+            space = os.fstatvfs(mount_fd)
+            return size - space.f_bfree * space.f_frsize
+        finally:
+            os.close(mount_fd)
+
+    def _write_out(self, mount_fd: int) -> None:
+        root = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            syscalls.syncfs(root)
+        except OSError as error:
+            self._no_space_or(f"writing the image failed: {error.strerror}")
+        finally:
+            os.close(root)
+
+    def _no_space_or(self, text: str) -> None:
+        self._watch_space(4 * _RESERVE)
+        raise StorageError(text)
+
+    def _watch_space(self, reserve: int = _RESERVE // 2) -> None:
+        space = os.fstatvfs(self.dir_fd)
+        if space.f_bavail * space.f_frsize < reserve:
+            raise StorageError("no space left in the datastore while unpacking")
+
+    def _unpack(self, mount_fd: int) -> None:
+        def watch(stderr: str) -> bool:
+            self.abort()
+            self._watch_space()
+            return _NO_SPACE in stderr
+
+        outcome = jail.unpack(
+            mount_fd, _TAR, self.archive.decompressor, self._chunks(), watch, limit_s=self.limits.seconds
+        )
+        if _NO_SPACE in outcome.stderr:
+            raise _TooSmall
+        if outcome.filter_status not in (0, -13):
+            said = _first_line(outcome.filter_stderr) or f"{self.archive.compression} failed"
+            raise StorageError(f"the archive is corrupt or truncated: {said}")
+        if outcome.status != 0:
+            raise StorageError(f"tar: {_first_line(outcome.stderr) or f'exit code {outcome.status}'}")
+        if "** Block of NULs **" not in outcome.stdout:
+            raise StorageError("the archive is truncated: it has no end-of-archive mark")
+
+    def _chunks(self) -> Iterator[bytes]:
+        position = 0
+        while position < self.archive.end:
+            chunk = os.pread(self.fd, min(_CHUNK, self.archive.end - position), position)
+            if not chunk:
+                return
+            position += len(chunk)
+            if self.on_chunk:
+                self.on_chunk(chunk)
+            yield chunk
+
+    def _fit(self, image: int, size: int, wanted: int) -> int:
+        """Cut an image that came out much larger than anyone asked for; OpenNebula 3.2.1 copies every byte of it."""
+        path = f"/proc/self/fd/{image}"
+        _wait_unmounted(path)
+        wanted = _round(wanted)
+        if size <= wanted + max(wanted // 2, 2 * _SLACK):
+            return size
+        with contextlib.suppress(CommandError):
+            command.run(
+                ["resize2fs", "-f", path, f"{wanted >> 10}K"],
+                pass_fds=(image,),
+                timeout_s=self.limits.seconds,
+                verb="shrink the image",
+            )
+        size = filesystems.ext_bytes(path)
+        os.ftruncate(image, size)
+        return size
+
+    def _replace(self, image: int) -> None:
+        """Give the image the archive's owner, mode and name, durably, in this order."""
+        status = os.fstat(self.fd)
+        os.fchown(image, status.st_uid, status.st_gid)
+        os.fchmod(image, stat.S_IMODE(status.st_mode) & 0o777)
+        try:
+            os.fsync(image)
+        except OSError as error:
+            self._no_space_or(f"writing the image failed: {error.strerror}")
+        self.abort()
+        temporary = f".onelxc-{self.name}.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=self.dir_fd)
+        os.link(f"/proc/self/fd/{image}", temporary, dst_dir_fd=self.dir_fd, follow_symlinks=True)
+        try:
+            os.rename(temporary, self.name, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
+        except BaseException:
+            os.unlink(temporary, dir_fd=self.dir_fd)
+            raise
+        os.fsync(self.dir_fd)
+
+
+def hoist(mount_fd: int) -> None:
+    """Lift the content of `rootfs/` to the top where that holds the root (LXD images, exports with a config).
+
+    Only where the top level is not a root file system itself. Single names relative to descriptors, none followed.
+    """
+    top = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        names = set(os.listdir(top))
+        if "rootfs" not in names or names & {"etc", "usr", "bin", "sbin", "lib"}:
+            return
+        status = os.stat("rootfs", dir_fd=top, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
+            return
+        away = ".onelxc-root"
+        os.rename("rootfs", away, src_dir_fd=top, dst_dir_fd=top)
+        inner = os.open(away, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        try:
+            for name in names - {"rootfs"}:
+                _remove(top, name)
+            for name in os.listdir(inner):
+                os.rename(name, name, src_dir_fd=inner, dst_dir_fd=top)
+            for attribute in os.listxattr(inner):
+                with contextlib.suppress(OSError):
+                    os.setxattr(top, attribute, os.getxattr(inner, attribute))
+        finally:
+            os.close(inner)
+        os.rmdir(away, dir_fd=top)
+        os.fchown(top, status.st_uid, status.st_gid)
+        os.fchmod(top, stat.S_IMODE(status.st_mode))
+        os.utime(top, ns=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(top)
+
+
+def _remove(dir_fd: int, name: str) -> None:
+    """Remove a name and all below it, following nothing."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+        return
+    except IsADirectoryError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    try:
+        for below in os.listdir(fd):
+            _remove(fd, below)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def _make_ext4(image: int) -> None:
+    argv = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "8192", "-m", "0", "-O", _FEATURES]
+    argv += ["-E", "lazy_itable_init=1,lazy_journal_init=1,discard", f"/proc/self/fd/{image}"]
+    command.run(argv, pass_fds=(image,), verb="make the image's file system")
+
+
+def _wait_unmounted(path: str, limit_s: float = 20.0) -> None:
+    """The file system is let go when the last descriptor closes; wait until its superblock says so."""
+    deadline = time.monotonic() + limit_s
+    while not filesystems.ext_is_clean(path):
+        if time.monotonic() > deadline:
+            raise StorageError("the new image did not become clean after unmounting")
+        time.sleep(0.01)
+
+
+def _first_line(text: str) -> str:
+    """A program's complaint without its own name and tar's block numbers."""
+    for line in text.splitlines():
+        line = re.sub(r"^(?:\S*/)?(?:tar|gzip|xz|zstd|bzip2|lz4)\s*:\s*", "", line.strip())
+        line = re.sub(r"^block \d+:\s*", "", line)
+        if line and not line.startswith("Removing leading"):
+            return line
+    return ""
+
+
+def _round(size: int) -> int:
+    return (size + _MIB - 1) // _MIB * _MIB
+
+
+__all__ = ["Limits", "OneLxcError", "hoist", "import_archive"]

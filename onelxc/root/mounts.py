@@ -1,0 +1,175 @@
+"""How does a file system get to its place in the host's tree, seen with one VM's ids, and away again?
+
+A disk goes through three steps, each undone by closing a descriptor until the last: `open_image` gives a detached
+mount (nothing in the tree, the loop device held by it), `rootfs` may look into it, `place` puts it at its target. From
+then on the mount is what holds everything, and `unmount` lets go of all of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onelxc.errors import StorageError
+from onelxc.root import filesystems, idmap, loops, syscalls
+
+Log = Callable[[str], None]
+_MIB = 1 << 20
+
+
+@dataclass
+class Detached:
+    """A mounted file system that is nowhere in the tree. Closing it before `place` leaves nothing."""
+
+    fd: int
+    kind: str
+    device: str
+    """The block device below."""
+    stored_first: int = 0
+    """The id that root has on disk: other than 0 in images that another driver shifted."""
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Detached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_image(
+    fd: int,
+    name: str,
+    log: Log,
+    *,
+    read_only: bool = False,
+    root: bool = False,
+    size_mb: int | None = None,
+    fsck_limit_s: float = filesystems.FSCK_LIMIT_S,
+) -> Detached:
+    """Mount the image behind `fd` (a regular file, or a block device), checked and grown first.
+
+    `fd` is opened for writing unless `read_only`; `name` is what messages and losetup call it. `size_mb` is DISK/SIZE:
+    a smaller image file is enlarged to it. `root` is the disk with the root file system, which may hold device nodes.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        device = os.path.realpath(f"/proc/self/fd/{fd}")
+        return _open_device(device, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a file"
+        raise StorageError(f"Cannot use {name}: it is {kind}")
+    if size_mb and not read_only and size_mb * _MIB - status.st_size >= _MIB:
+        os.ftruncate(fd, size_mb * _MIB)
+    with loops.attach(fd, read_only=read_only, name=name) as loop:
+        return _open_device(loop.path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+
+
+def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
+    found = filesystems.probe(device)
+    if found.kind not in filesystems.SUPPORTED:
+        what = f"a {found.partitions} partition table" if found.partitions and not found.kind else found.kind
+        raise StorageError(f"Cannot mount {name}: " + (f"it holds {what}" if what else "there is no file system in it"))
+    if not read_only:
+        filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)
+        filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
+    fd = filesystems.mount(device, found.kind, read_only=read_only, nodev=not root)
+    return Detached(fd, found.kind, device)
+
+
+def device_bytes(device: str) -> int:
+    """The size of a block device."""
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+
+
+def place(detached: Detached, target: str, *, id_base: int | None) -> None:
+    """Attach at `target` (made if missing, root's own), its ids shifted to `id_base`…; None: privileged."""
+    if id_base is not None:
+        idmap.apply(detached.fd, detached.kind, detached.stored_first, id_base)
+    elif detached.stored_first:
+        idmap.apply(detached.fd, detached.kind, detached.stored_first, 0)
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    try:
+        syscalls.move_mount(detached.fd, target)
+    except OSError as error:
+        raise StorageError(f"Cannot mount {detached.kind} at {target}: {error.strerror}") from error
+    if detached.kind in ("xfs", "btrfs"):
+        _fill_device(detached, target)
+    detached.close()
+
+
+def _fill_device(detached: Detached, target: str) -> None:
+    """xfs and btrfs grow only where they are mounted; not worth failing a start for."""
+    space = os.statvfs(target)
+    if os.access(target, os.W_OK) and device_bytes(detached.device) - space.f_blocks * space.f_frsize > 64 * _MIB:
+        try:
+            filesystems.grow_mounted(detached.device, detached.kind, target)
+        except StorageError:
+            pass
+
+
+def place_bind(source_fd: int, target: str, *, read_only: bool = False) -> None:
+    """Bind the directory or file `source_fd` at `target`, which exists."""
+    tree = syscalls.open_tree("", dir_fd=source_fd)
+    try:
+        if read_only:
+            syscalls.mount_setattr(tree, set_=syscalls.ATTR_RDONLY)
+        syscalls.move_mount(tree, target)
+    except OSError as error:
+        raise StorageError(f"Cannot bind at {target}: {error.strerror}") from error
+    finally:
+        os.close(tree)
+
+
+def unmount(target: str, *, limit_s: float = 10.0) -> None:
+    """Unmount everything at `target`, top first; a mount that is not there is success. Never lazily.
+
+    Whoever holds it for a moment (a scanner, a probe) gets `limit_s` to let go.
+    """
+    deadline = time.monotonic() + limit_s
+    while is_mounted(target):
+        try:
+            syscalls.umount(target)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise StorageError(f"Cannot unmount {target}: {error.strerror}") from error
+            time.sleep(0.05)
+
+
+def is_mounted(target: str) -> bool:
+    """Whether the kernel's mount table has a mount at exactly this path."""
+    return target in mounted_below(target)
+
+
+def mounted_below(path: str) -> tuple[str, ...]:
+    """Mount points at and below `path`, in the order in which they were mounted."""
+    prefix = path.rstrip("/") + "/"
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            point = _unescape(line.split(" ", 5)[4])
+            if point == path or point.startswith(prefix):
+                found.append(point)
+    return tuple(found)
+
+
+def _unescape(text: str) -> str:
+    r"""mountinfo writes blanks, tabs, newlines and backslashes as \ooo."""
+    if "\\" not in text:
+        return text
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
