@@ -138,7 +138,7 @@ def _unknown(kind: str) -> str:
     return known.get(kind, f"{kind} is none of {', '.join(SUPPORTED)}")
 
 
-def make(device: str, kind: str, *, label: str = "") -> None:
+def make(device: str, kind: str, *, label: str = "", pass_fds: tuple[int, ...] = ()) -> None:
     """Put a new file system on a device (a volatile disk)."""
     argv = {
         "ext2": ["mkfs.ext2", "-q", "-F"],
@@ -150,7 +150,7 @@ def make(device: str, kind: str, *, label: str = "") -> None:
     if argv is None:
         raise StorageError(f"Cannot format a disk as {kind}: it must be ext2, ext3, ext4, xfs or btrfs")
     named = ["-L", label[:12]] if label else []
-    command.run([*argv, *named, device], timeout_s=FSCK_LIMIT_S, verb=f"format {device} as {kind}")
+    command.run([*argv, *named, device], timeout_s=FSCK_LIMIT_S, pass_fds=pass_fds, verb=f"format {device} as {kind}")
 
 
 def grow_unmounted(device: str, kind: str, device_bytes: int, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
