@@ -12,7 +12,14 @@ directory_mode=
 
 frontend_install() {
     local replace=$1 driver=lxc
-    if [ "$generation" = monitord ] && [ "$replace" = no ]; then driver=onelxc; fi
+    backup=${remotes%/remotes}/onelxc-replaced
+    if [ "$generation" = monitord ] && [ "$replace" = no ]; then
+        if [ -d "$backup" ]; then
+            say "installed with --replace before: it stays so (--uninstall gives the name back)"
+        else
+            driver=onelxc
+        fi
+    fi
     [ "$generation" = monitord ] || [ "$replace" = no ] || die "--replace is for OpenNebula from 6.0 on: $version has no driver named lxc"
     [ -d "$bundle/remotes/vmm/lxc" ] || die "$bundle/remotes is missing: this bundle is incomplete"
     say "OpenNebula $version in ${remotes%/remotes}, OneLXC $(bundle_version)"
@@ -34,8 +41,11 @@ frontend_install() {
     write_frontend_manifest
     if [ "$changes" -eq 0 ]; then
         say "Everything is in place already."
-    elif [ "$generation" = pull ] && [ "$dry_run" = no ]; then
-        touch -- "$remotes" # what `onehost sync` does: a newer directory is copied to the hosts at their next monitoring
+    elif [ "$generation" = pull ]; then
+        # what `onehost sync` does: a newer directory is copied to the hosts at their next monitoring
+        [ "$dry_run" = yes ] || touch -- "$remotes"
+    else
+        say "Hosts that are there already get it by: onehost sync --force"
     fi
     say
     say_what_to_add "$driver"
@@ -67,6 +77,7 @@ ONE_VERSION = \"$version\"" "$remotes/onelxc/front_end.conf" "$data_files" "$dat
 frontend_uninstall() {
     local line i conf kept=()
     frontend_manifest=$remotes/onelxc/manifest
+    backup=${remotes%/remotes}/onelxc-replaced
     [ -f "$frontend_manifest" ] || die "OneLXC is not installed in ${remotes%/remotes} (no $frontend_manifest)"
     take_modes
     refuse_without_rights
@@ -93,18 +104,17 @@ frontend_uninstall() {
     say "Remove what you added to $etc/oned.conf$([ "$generation" = pull ] || printf ' and monitord.conf'), and restart oned."
 }
 
-# From --replace: the stock driver's directories, moved aside by install_monitord, come back.
+# From --replace: what set_aside moved away comes back.
 restore_replaced() {
-    local backup=$remotes/onelxc-replaced path
+    local name
     [ -d "$backup" ] || return 0
-    while IFS= read -r path; do
-        if step "put back $remotes/$path"; then
-            mkdir -p -- "$(dirname -- "$remotes/$path")"
-            rm -rf -- "${remotes:?}/$path"
-            mv -T -- "$backup/$path" "$remotes/$path"
+    while IFS= read -r -d '' name; do
+        if step "put back $remotes/$name"; then
+            mkdir -p -- "$(dirname -- "$remotes/$name")"
+            mv -fT -- "$backup/$name" "$remotes/$name"
         fi
-    done <"$backup/list"
-    if step "remove $backup/"; then rm -rf -- "$backup"; fi
+    done < <(cd "$backup" && find . -mindepth 1 ! -type d -printf '%P\0' | sort -z)
+    if step "remove $backup/"; then find "$backup" -depth -type d -exec rmdir {} +; fi
 }
 
 put_remote_tree() { put_tree "$1" "$2" "$data_files" "$directory_mode" "$data_mode" "$executable_mode"; }
@@ -153,7 +163,8 @@ write_frontend_manifest() {
         path=${path/#"$etc/"/@etc@/}
         text+="$kind $path"$'\n'
     done
-    put_text "${text%$'\n'}" "$frontend_manifest" "$data_files" "$data_mode"
+    text=$(awk '!seen[$0]++' <<<"${text%$'\n'}")
+    put_text "$text" "$frontend_manifest" "$data_files" "$data_mode"
 }
 
 # The stanzas stand in oned.conf.example once; here the part for this version is shown.

@@ -29,7 +29,7 @@ node_install() {
     put_shims
     drop_stale
     local text
-    text=$(printf '%s\n' "${manifest[@]}")
+    text=$(printf '%s\n' "${manifest[@]}" | awk '!seen[$0]++')
     put_text "$text" "$node_manifest" root:root 644
     [ "$changes" -gt 0 ] || say "Everything is in place already."
     if [ "$dry_run" = no ]; then check_host; fi

@@ -1,0 +1,82 @@
+# shellcheck shell=bash disable=SC2154  # install.sh, files.sh and opennebula.sh set the rest
+# OpenNebula from 6.0 on: beside the stock LXC driver, or (--replace) in its place.
+#
+# Its own files are read and never written. What it has that is not about any one hypervisor (the monitoring client, the
+# probes for NUMA, PCI, datastores …) is copied from the installation, not linked: a link that an upgrade leaves
+# dangling makes rsync fail, and with it the monitoring of every host. After an upgrade of OpenNebula, install.sh again.
+
+# Every directory has to be there, also one without a probe, or START_MONITOR fails and the host goes to ERROR.
+probe_directories=(host host/beacon host/monitor host/system vm vm/execution vm/monitor vm/snapshot vm/status)
+
+# What the stock probes for KVM and LXC share, by name as of 6.0 to 7.4; absent ones (nfs_automounted came later) are none.
+generic_probes=(host/monitor/numa_usage.rb host/system/architecture.sh host/system/cpu.sh host/system/monitor_ds.rb
+    host/system/name.sh host/system/nfs_automounted.rb host/system/numa_host.rb host/system/pci.rb host/system/version.sh
+    vm/monitor/monitor_ds_vm.rb)
+
+# install_monitord DRIVER: "onelxc", or "lxc" for --replace.
+install_monitord() {
+    local driver=$1 stock directory probe conf sample
+    for stock in kvm lxc qemu; do
+        [ ! -d "$remotes/im/$stock.d" ] || [ ! -d "$remotes/im/$stock-probes.d/host/system" ] || break
+    done
+    [ -d "$remotes/im/$stock.d" ] || die "no $remotes/im/kvm.d: this OpenNebula has no monitoring client to take over"
+
+    if [ "$driver" = lxc ]; then
+        set_aside vmm/lxc
+        set_aside im/lxc-probes.d
+    fi
+    if [ "$driver" != lxc ] || [ ! -d "$remotes/im/lxc.d" ] || [ -n "$(shipped_digest "$remotes/im/lxc.d")" ]; then
+        put_tree "$remotes/im/$stock.d" "$remotes/im/$driver.d" "$data_files" "$directory_mode" "$data_mode" "$executable_mode"
+    fi
+    put_remote_tree "$bundle/remotes/vmm/lxc" "$remotes/vmm/$driver"
+
+    put_remote_tree "$bundle/remotes/im/lxc-probes.d" "$remotes/im/$driver-probes.d"
+    for directory in "${probe_directories[@]}"; do
+        put_directory "$remotes/im/$driver-probes.d/$directory" "$data_files" "$directory_mode"
+        case $directory in
+            */*)
+                put_text "Probes of OneLXC. A file here that is executable is run; the directory itself has to exist." \
+                    "$remotes/im/$driver-probes.d/$directory/README" "$data_files" "$data_mode"
+                ;;
+        esac
+    done
+    for probe in "${generic_probes[@]}"; do
+        if [ -f "$remotes/im/$stock-probes.d/$probe" ]; then
+            put_file "$remotes/im/$stock-probes.d/$probe" "$remotes/im/$driver-probes.d/$probe" "$data_files" "$executable_mode"
+        fi
+    done
+
+    sample=$remotes/etc/vmm/kvm/kvmrc
+    [ -f "$sample" ] || sample=$remotes/scripts_common.sh
+    conf=$remotes/etc/vmm/$driver/vmm_exec_lxc.conf
+    for directory in etc etc/vmm "etc/vmm/$driver" etc/im "etc/im/$driver-probes.d"; do
+        put_directory "$remotes/$directory" "$data_files" "$directory_mode"
+    done
+    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")" \
+        "$(shipped_digest "$conf")"
+    # pci.rb looks for its filter under the name of the directory that it lies in, and fails the host without it
+    sample=$remotes/etc/im/$stock-probes.d/pci.conf
+    conf=$remotes/etc/im/$driver-probes.d/pci.conf
+    if [ -f "$sample" ] && { [ "$driver" != lxc ] || [ ! -e "$conf" ] || [ -n "$(shipped_digest "$conf")" ]; }; then
+        put_configuration "$sample" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")" "$(shipped_digest "$conf")"
+    fi
+}
+
+# set_aside DIRECTORY: what lies there and is not ours goes to the backup: the stock driver's, the first time; after an
+# upgrade of OpenNebula, which writes its files over ours, its new ones. The backup lies outside of the remotes: links
+# moved within them would dangle.
+set_aside() {
+    local name path
+    [ -d "$remotes/$1" ] || return 0
+    [ ! -L "$remotes/$1" ] || die "$remotes/$1 is a link: --replace does not know what it stands for"
+    while IFS= read -r -d '' name; do
+        path=$remotes/$1/$name
+        [ "$(digest_or_link "$path")" != "$(shipped_digest "$path")" ] || continue
+        if step "set aside $path"; then
+            mkdir -p -- "$(dirname -- "$backup/$1/$name")"
+            mv -fT -- "$path" "$backup/$1/$name"
+        fi
+    done < <(cd "$remotes/$1" && find . -mindepth 1 -name __pycache__ -prune -o ! -type d -printf '%P\0' | sort -z)
+}
+
+digest_or_link() { if [ -L "$1" ]; then printf link; else digest "$1"; fi; }
