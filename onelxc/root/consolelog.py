@@ -10,8 +10,12 @@ from __future__ import annotations
 import os
 import re
 import time
+from typing import TYPE_CHECKING, Any
 
 from onelxc.model import VmPaths, vm_id_of
+
+if TYPE_CHECKING:
+    from onelxc.root.work import Work
 
 LIMIT = 1024 * 1024
 KEEP_S = 14 * 24 * 3600
@@ -79,6 +83,11 @@ def tail(vm_id: int, lines: int = 10) -> tuple[str, ...]:
     text = _ESCAPES.sub("", data.decode(errors="replace")).replace("\r", "\n")
     plain = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.split("\n"))
     return tuple([line[:300] for line in plain if line][-lines:])
+
+
+def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"lines": [...]}`, for the error of a container that did not start."""
+    return {"lines": list(tail(work.vm_id))}
 
 
 def expire(now: float | None = None) -> None:

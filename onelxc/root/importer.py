@@ -279,7 +279,7 @@ class _Import:
         except OSError as error:
             self._no_space_or(f"writing the image failed: {error.strerror}")
         self.abort()
-        temporary = f".onelxc-{self.name}.{os.getpid()}"
+        temporary = os.path.basename(temporary_name(self.name))
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=self.dir_fd)
         os.link(f"/proc/self/fd/{image}", temporary, dst_dir_fd=self.dir_fd, follow_symlinks=True)
@@ -289,6 +289,11 @@ class _Import:
             os.unlink(temporary, dir_fd=self.dir_fd)
             raise
         os.fsync(self.dir_fd)
+
+
+def temporary_name(path: str) -> str:
+    """The name that a finished image has for a moment, beside `path`; the journal has to know it before."""
+    return os.path.join(os.path.dirname(path), f".onelxc-{os.path.basename(path)}.{os.getpid()}")
 
 
 def hoist(mount_fd: int) -> None:

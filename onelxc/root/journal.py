@@ -91,8 +91,9 @@ class Journal:
         text = json.dumps(line, separators=(",", ":")) + "\n"
         try:
             if self._fd < 0:
-                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-                self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                make_state_directory(os.path.dirname(self.path))
+                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._fd = os.open(self.path, flags, 0o600)
                 # a power cut may have left half a line, which must not swallow the first of ours
                 size = os.fstat(self._fd).st_size
                 if size and os.pread(self._fd, 1, size - 1) != b"\n":
@@ -104,6 +105,16 @@ class Journal:
         except OSError as error:
             raise StorageError(f"Cannot write the journal {self.path}: {error.strerror}") from error
         self._lines.append(line)
+
+
+def make_state_directory(path: str) -> None:
+    """A VM's state directory, and those above it: root's alone, but that mounts are passed to below the topmost."""
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        os.makedirs(parent, exist_ok=True)
+        os.chmod(parent, 0o700)
+        os.chmod(os.path.dirname(parent), 0o711)
+    os.makedirs(path, 0o700, exist_ok=True)
 
 
 def _sync_directory(path: str) -> None:

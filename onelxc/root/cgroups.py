@@ -1,0 +1,130 @@
+"""Where are the control groups of a VM's container, and which processes are in them?
+
+The kernel's word on what runs, whatever libvirt knows. libvirt names the group of a container after its controller
+(`libvirt_lxc`), so several can exist for one VM when a controller died and its container went on:
+
+    v1  /sys/fs/cgroup/<controller>/machine/lxc-<controller's pid>-one-5.libvirt-lxc
+    v2  /sys/fs/cgroup/machine.slice/machine-lxc\\x2d<controller's pid>\\x2done\\x2d5.scope
+
+Reads, thaws and removes; who is killed when is `orphans`' part, what is frozen when `freezer`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from onelxc import names
+
+_V1 = re.compile(r"lxc-(\d+)-(.+)\.libvirt-lxc\Z")
+_V2 = re.compile(r"machine-lxc-(\d+)-(.+)\.scope\Z")
+_PARENTS = ("machine", "machine.slice")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One control group of a container. `kind` is the v1 controller ("freezer", "cpu,cpuacct" …) or "" for v2."""
+
+    path: str
+    kind: str
+    controller: int
+    """Pid of the libvirt_lxc that it was made for; that process may be gone."""
+    vm_id: int
+
+
+def version() -> int:
+    """2 where the unified hierarchy is all there is, else 1: what libvirt then uses for containers."""
+    return 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
+
+
+def hierarchies() -> tuple[tuple[str, str], ...]:
+    """(mount point, kind) of every mounted hierarchy; `kind` as in Group."""
+    found = []
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            _, point, kind, options = line.split(" ")[:4]
+            if kind == "cgroup2":
+                found.append((point, ""))
+            elif kind == "cgroup":
+                known = ("rw", "ro", "nosuid", "nodev", "noexec", "relatime", "xattr", "clone_children")
+                found.append((point, ",".join(word for word in options.split(",") if word not in known)))
+    return tuple(found)
+
+
+def groups(vm_id: int | None = None) -> tuple[Group, ...]:
+    """The groups of one VM, or of all the VMs of ours."""
+    found = []
+    for point, kind in hierarchies():
+        for parent in _PARENTS:
+            base = os.path.join(point, parent)
+            try:
+                entries = os.listdir(base)
+            except OSError:
+                continue
+            for entry in entries:
+                match = _V1.match(entry) or _V2.match(_unescape(entry))
+                owner = names.vm_id_of(match.group(2)) if match else None
+                if match and owner is not None and vm_id in (None, owner):
+                    found.append(Group(os.path.join(base, entry), kind, int(match.group(1)), owner))
+    return tuple(found)
+
+
+def _unescape(unit: str) -> str:
+    return re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match.group(1), 16)), unit)
+
+
+def below(path: str) -> Iterator[str]:
+    """A group and all the groups below it, parents first. By a list, since a tenant decides how deep they lie."""
+    waiting = [path]
+    while waiting:
+        here = waiting.pop()
+        yield here
+        try:
+            with os.scandir(here) as entries:
+                waiting.extend(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        except OSError:
+            continue
+
+
+def processes(path: str) -> tuple[int, ...]:
+    """The processes in a group and below it."""
+    pids: list[int] = []
+    for group in below(path):
+        try:
+            with open(os.path.join(group, "cgroup.procs"), "rb") as file:
+                pids.extend(int(pid) for pid in file.read().split())
+        except OSError:
+            continue
+    # 0 is a process of another pid namespace, of which we could only be a guest
+    return tuple(pid for pid in pids if pid)
+
+
+def remove(path: str, *, limit_s: float = 5.0) -> None:
+    """Remove an empty group with all below it; the kernel takes a moment to let go of the dead. OSError in the end."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        problem: OSError | None = None
+        for group in reversed(list(below(path))):
+            try:
+                os.rmdir(group)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                problem = error
+        if problem is None:
+            return
+        if time.monotonic() > deadline:
+            raise problem
+        time.sleep(0.05)
+
+
+def write(path: str, name: str, text: str) -> None:
+    """One control file of a group; a group that is gone meanwhile is no error."""
+    try:
+        with open(os.path.join(path, name), "w") as file:
+            file.write(text)
+    except FileNotFoundError:
+        pass

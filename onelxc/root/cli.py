@@ -1,0 +1,116 @@
+"""What may be asked of root? The one program that sudo allows to oneadmin: arguments in, JSON lines out.
+
+    onelxc-root session <vm id> <verb of the action> --version X [--started SECONDS]    requests on stdin: `session`
+    onelxc-root <one-shot verb> --version X                                            one request on stdin
+    onelxc-root version
+
+Nothing of the caller's environment is used, and no code outside the directory that this package lies in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from typing import Any
+
+from onelxc import __version__, command
+from onelxc.errors import HelperError, OneLxcError
+
+_ACTION = re.compile(r"[a-z][a-z_]{1,30}")
+
+
+def main(argv: list[str]) -> int:
+    os.environ.clear()
+    os.environ.update(command.ENVIRONMENT)
+    os.umask(0o022)
+    os.chdir("/")
+    if argv == ["version"]:
+        print(__version__)
+        return 0
+    try:
+        words, options = _parse(argv)
+        _check_version(options.get("version"))
+        from onelxc import config
+
+        policy = config.host()
+        if words[:1] == ["session"]:
+            from onelxc.root.session import Session
+
+            vm_id, verb = _session_words(words)
+            return Session(vm_id, verb, policy).serve(_started(options))
+        if os.getuid() != 0:
+            raise HelperError("Cannot run the root helper: not root")
+        return _one_shot(words, policy)
+    except OneLxcError as error:
+        _say({"error": str(error), "kind": type(error).__name__})
+        return 1
+
+
+def _one_shot(words: list[str], policy: Any) -> int:
+    from onelxc.root.verbs import ONE_SHOT
+
+    if len(words) != 1 or words[0] not in ONE_SHOT:
+        raise HelperError(f"Cannot run the root helper: unknown verb {' '.join(words)!r}")
+    try:
+        text = sys.stdin.buffer.readline()
+        request = json.loads(text) if text.strip() else {}
+        if not isinstance(request, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise HelperError(f"Cannot read a request: {error}") from error
+    module, function = ONE_SHOT[words[0]]
+    verb = getattr(importlib.import_module(module), function)
+    _say({"ok": verb(policy, request, lambda text: _say({"log": " ".join(text.split())}))})
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    words: list[str] = []
+    options: dict[str, str] = {}
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--version", "--started"):
+            options[word[2:]] = next(rest, "")
+        elif word.startswith("-"):
+            raise HelperError(f"Cannot run the root helper: unknown option {word!r}")
+        else:
+            words.append(word)
+    return words, options
+
+
+def _check_version(theirs: str | None) -> None:
+    if theirs != __version__:
+        raise HelperError(
+            f"Cannot use the root helper: the driver is version {theirs or 'unknown'}, the helper of this host is"
+            f" {__version__}; run `install.sh node` of the driver's version on this host"
+        )
+
+
+def _session_words(words: list[str]) -> tuple[int, str]:
+    if len(words) != 3 or not _ACTION.fullmatch(words[2]):
+        raise HelperError(f"Cannot run the root helper: not `session <vm id> <action>`: {' '.join(words)!r}")
+    # as OpenNebula writes it: no sign, no leading zero, and a number that fits its own column
+    if not re.fullmatch(r"0|[1-9][0-9]{0,9}", words[1]):
+        raise HelperError(f"Cannot run the root helper: not a VM id: {words[1]!r}")
+    if os.getuid() != 0:
+        raise HelperError("Cannot run the root helper: not root")
+    return int(words[1]), words[2]
+
+
+def _started(options: dict[str, str]) -> float:
+    try:
+        return float(options.get("started", "inf"))
+    except ValueError:
+        return float("inf")
+
+
+def _say(message: dict[str, Any]) -> None:
+    try:
+        sys.stdout.write(json.dumps(message, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # nobody listens any more; what was begun is finished all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

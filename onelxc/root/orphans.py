@@ -1,0 +1,156 @@
+"""How does a container end when nobody may be left to end it?
+
+By its processes, as the kernel has them: whatever libvirt believes, what is in the VM's control groups, or sees the
+VM's root file system as its own `/`, is killed; the controller last, since with libvirtd running it is what makes
+libvirt clean up by itself. Frozen ones are thawed first, since a frozen process does not even die on cgroup v1.
+Then the domain's name is freed in libvirt, where one that ended while libvirtd was away blocks it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from onelxc import command, names
+from onelxc.errors import CommandError, HypervisorError
+from onelxc.root import cgroups
+
+VIRSH = ("virsh", "-q", "-c", "lxc:///")
+LIBVIRT_STATE = "/run/libvirt/lxc"
+DEATH_S = 20.0
+CONTROLLER_ENDS_S = 2.0
+
+
+def end(vm_id: int) -> None:
+    """End the VM's container: all its processes gone, its groups removed, its name free. HypervisorError if not."""
+    deadline = time.monotonic() + DEATH_S
+    controller_deadline = time.monotonic() + CONTROLLER_ENDS_S
+    while True:
+        found = cgroups.groups(vm_id)
+        running = _alive(found)
+        if not running:
+            break
+        thaw(found)
+        controllers = {group.controller for group in found if _is_controller(group.controller)}
+        inits = {child for controller in controllers for child in children(controller)}
+        for pid in (running - controllers) | inits:
+            kill(pid)
+        if time.monotonic() > controller_deadline:
+            for pid in controllers:
+                kill(pid)
+        if time.monotonic() > deadline:
+            left = ", ".join(map(describe, sorted(running)))
+            raise HypervisorError(f"Cannot end {names.deploy_id(vm_id)}: these processes do not die: {left}")
+        time.sleep(0.01)
+    _forget_domain(vm_id)
+    for group in cgroups.groups(vm_id):
+        try:
+            cgroups.remove(group.path)
+        except OSError as error:
+            raise HypervisorError(f"Cannot remove the control group {group.path}: {error.strerror}") from error
+
+
+def alive(vm_id: int) -> bool:
+    """Whether any process of the VM's container is there, its controller included."""
+    return bool(_alive(cgroups.groups(vm_id)))
+
+
+def _alive(found: tuple[cgroups.Group, ...]) -> set[int]:
+    pids: set[int] = set()
+    for group in found:
+        pids.update(pid for pid in cgroups.processes(group.path) if not is_dead(pid))
+    return pids
+
+
+def is_dead(pid: int) -> bool:
+    """Gone, or a zombie that waits for a parent to ask for its exit code."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
+def thaw(found: tuple[cgroups.Group, ...]) -> None:
+    """Let frozen groups go on."""
+    for group in found:
+        if group.kind == "freezer":
+            for path in cgroups.below(group.path):
+                cgroups.write(path, "freezer.state", "THAWED")
+        elif not group.kind and os.path.exists(os.path.join(group.path, "cgroup.freeze")):
+            for path in cgroups.below(group.path):
+                cgroups.write(path, "cgroup.freeze", "0")
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """The children of a process's main thread: of a controller, the container's init."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return tuple(int(child) for child in file.read().split())
+    except OSError:
+        return ()
+
+
+def _is_controller(pid: int) -> bool:
+    return comm(pid) == "libvirt_lxc"
+
+
+def comm(pid: int) -> str:
+    """The name of a process, "" if it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return "".join(c if c.isprintable() else "?" for c in file.read().rstrip("\n"))
+    except OSError:
+        return ""
+
+
+def describe(pid: int) -> str:
+    """`bash (4711)`, for an error's text."""
+    return f"{comm(pid) or 'process'} ({pid})"
+
+
+def kill(pid: int) -> None:
+    """SIGKILL; who is gone already is fine."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def libvirt_knows(vm_id: int) -> bool:
+    """Whether libvirt keeps anything of a domain of that name: a running one or one that ended while it was away."""
+    name = names.deploy_id(vm_id)
+    return any(os.path.exists(os.path.join(LIBVIRT_STATE, f"{name}.{suffix}")) for suffix in ("xml", "pid"))
+
+
+def _forget_domain(vm_id: int) -> None:
+    """Wait until libvirt has noticed that the container ended; what it never will is a zombie, which destroy removes.
+
+    A libvirtd that does not run is no error: there is then nobody who could use the name either.
+    """
+    name = names.deploy_id(vm_id)
+    deadline = time.monotonic() + DEATH_S
+    noticed = time.monotonic() + CONTROLLER_ENDS_S
+    while libvirt_knows(vm_id) and time.monotonic() < noticed:
+        time.sleep(0.01)
+    while libvirt_knows(vm_id):
+        try:
+            command.run([*VIRSH, "destroy", name], timeout_s=DEATH_S)
+        except CommandError as error:
+            if "failed to connect" in str(error).lower():
+                return
+            # "domain is not running" is said while it is being removed
+            if time.monotonic() > deadline and libvirt_knows(vm_id) and not _gone_for_libvirt(name):
+                raise HypervisorError(f"Cannot end {name}: {error}") from error
+            if _gone_for_libvirt(name):
+                return
+        time.sleep(0.02)
+
+
+def _gone_for_libvirt(name: str) -> bool:
+    try:
+        command.run([*VIRSH, "domstate", name], timeout_s=DEATH_S)
+    except CommandError as error:
+        return "no domain with matching name" in str(error)
+    return False

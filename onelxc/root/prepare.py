@@ -1,0 +1,221 @@
+"""How do a VM's disks become what libvirt starts a container from? The verb `prepare`.
+
+It conducts and does nothing itself: an archive is imported, images are mounted outside the VM's directory, seen with
+the VM's own ids, the context is brought in, init is looked at while the root can still be read as the tenant wrote it.
+Every step is in the journal before it is taken. The answer is `model.Prepared`; the record is staged for the commit.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from typing import Any
+
+from onelxc import model
+from onelxc.errors import ConfigurationError, StorageError
+from onelxc.model import Disk, Init, IoLimits, Mount, Prepared, Vm
+from onelxc.root import (
+    cgroups,
+    consolelog,
+    context,
+    filesystems,
+    hub,
+    importer,
+    loops,
+    mounts,
+    record,
+    rootfs,
+    validate,
+)
+from onelxc.root.work import Work
+
+CONTEXT = "/context"
+_A_DIRECTORY = (
+    'it is a directory: OpenNebula has unpacked the archive, which loses its owners; set NO_DECOMPRESS="yes" on the'
+    " image datastore and register the archive again"
+)
+
+
+def verb(work: Work, request: dict[str, Any]) -> Any:
+    """The verb: `{"vm": …}` → a Prepared."""
+    vm = validate.vm(request.get("vm"), work.vm_id, work.config)
+    hub.ensure_running()
+    prepared = prepare(work, vm)
+    record.stage(vm, prepared)
+    consolelog.begin(work.vm_id)
+    work.journal.take("domain")  # from here on the caller may start it
+    return model.to_json(prepared)
+
+
+def prepare(work: Work, vm: Vm) -> Prepared:
+    """Mount everything. The caller undoes by the journal when this raises."""
+    id_base = None if vm.privileged else work.config.first_id(vm.vm_id)
+    make_private(work.paths.mounts, id_base)
+    points = [(validate.mount_point(disk), True) for disk in vm.data_disks]
+    if vm.context is not None:
+        points.append((CONTEXT, True))
+    devices = []
+    init, device = _root(work, vm, points, id_base)
+    if vm.root_disk.limits != IoLimits():
+        devices.append((vm.root_disk.disk_id, device))
+    found = []
+    for disk in vm.data_disks:
+        device = mount_data_disk(work, disk, id_base)
+        if disk.limits != IoLimits():
+            devices.append((disk.disk_id, device))
+        found.append(Mount(work.paths.disk(disk.disk_id), validate.mount_point(disk), disk.read_only))
+    if vm.context is not None:
+        _context(work, vm.context, id_base)
+        found.append(Mount(work.paths.context, CONTEXT, True))
+    return Prepared(
+        root=work.paths.root,
+        id_base=id_base,
+        mounts=tuple(sorted(found, key=lambda mount: mount.target.count("/"))),
+        init=init,
+        cgroup=cgroups.version(),
+        profiles=tuple(map(_profile, vm.profiles)),
+        devices=tuple(devices),
+        swap_accounting=_counts_swap(),
+    )
+
+
+def make_private(directory: str, id_base: int | None) -> None:
+    """The VM's directory of mounts: root's, and passable for nobody but root and the container's own root.
+
+    libvirt's child goes through it with the container's ids; other users of the host must not come to the tenant's
+    files, whose modes are the tenant's.
+    """
+    os.makedirs(directory, exist_ok=True)
+    os.chmod(os.path.dirname(directory), 0o711)
+    os.chown(directory, 0, 0 if id_base is None else id_base)
+    os.chmod(directory, 0o710)
+
+
+def _root(work: Work, vm: Vm, points: Iterable[tuple[str, bool]], id_base: int | None) -> tuple[Init, str]:
+    """Mount the root file system; which init is in it, and its block device."""
+    disk = vm.root_disk
+    with validate.find(disk.path, work.config) as found:
+        if stat.S_ISDIR(found.status.st_mode):
+            raise StorageError(f"Cannot use {disk.path}: {_A_DIRECTORY}")
+        _import(work, found, disk, vm.init)
+    # opened anew: an import has put another file in its place
+    with validate.find(disk.path, work.config) as found:
+        fd = open_image(work, found, read_only=disk.read_only)
+        try:
+            opened = mounts.open_image(
+                fd,
+                disk.path,
+                work.log,
+                read_only=disk.read_only,
+                root=True,
+                size_mb=disk.size_mb,
+                fsck_limit_s=work.config.fsck_timeout_s,
+            )
+        finally:
+            os.close(fd)
+    with opened as detached:
+        rootfs.prepare(detached.fd, points)
+        init = rootfs.find_init(detached.fd, vm.init)
+        device = detached.device
+        work.journal.take("mount", path=work.paths.root)
+        mounts.place(detached, work.paths.root, id_base=id_base)
+    return init, device
+
+
+def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> None:
+    """If the image is an archive, put a file system with its content in its place."""
+    if found.directory < 0:
+        return
+    # the image has no name but for a moment between its own and the archive's
+    taken = work.journal.take("file", path=importer.temporary_name(found.real))
+    imported = importer.import_archive(
+        found.directory,
+        found.name,
+        size_mb=disk.size_mb,
+        init=init,
+        log=work.log,
+        abort=_carry_on,
+        limits=importer.Limits(seconds=work.config.import_timeout_s),
+    )
+    work.journal.gave_back(taken)
+    if imported:
+        work.log(f"disk {disk.disk_id} was an archive and is an image now")
+
+
+def _carry_on() -> None:
+    """The session itself breaks off what it does, by signal."""
+
+
+def _context(work: Work, disk: Disk, id_base: int | None) -> None:
+    """The files of the context ISO, read in user space, at their place on the host."""
+    with validate.find(disk.path, work.config) as found:
+        iso = found.open(os.O_RDONLY)
+    try:
+        opened = context.open_context(iso, id_base=id_base)
+    finally:
+        os.close(iso)
+    with opened as detached:
+        work.journal.take("mount", path=work.paths.context)
+        mounts.place(detached, work.paths.context, id_base=None)
+
+
+def open_image(work: Work, found: validate.Found, *, read_only: bool) -> int:
+    """A descriptor of the image for the loop device; the image is in the journal from here on."""
+    status = found.status
+    if stat.S_ISREG(status.st_mode):
+        work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
+    return found.open(os.O_RDONLY if read_only else os.O_RDWR)
+
+
+def mount_data_disk(work: Work, disk: Disk, id_base: int | None) -> str:
+    """Mount a data disk at its place on the host; a volatile one is formatted first. Gives its block device."""
+    with validate.find(disk.path, work.config) as found:
+        if stat.S_ISDIR(found.status.st_mode):
+            raise StorageError(f"Cannot use {disk.path}: it is a directory, not the image of a disk")
+        fd = open_image(work, found, read_only=disk.read_only)
+    target = work.paths.disk(disk.disk_id)
+    try:
+        if disk.kind == "fs" and not disk.read_only:
+            _format(fd, disk)
+        opened = mounts.open_image(
+            fd,
+            disk.path,
+            work.log,
+            read_only=disk.read_only,
+            size_mb=disk.size_mb,
+            fsck_limit_s=work.config.fsck_timeout_s,
+        )
+    finally:
+        os.close(fd)
+    with opened as detached:
+        device = detached.device
+        work.journal.take("mount", path=target)
+        mounts.place(detached, target, id_base=id_base)
+    return device
+
+
+def _format(fd: int, disk: Disk) -> None:
+    """A volatile disk comes empty from some transfer managers and formatted from others."""
+    path = f"/proc/self/fd/{fd}"
+    seen = filesystems.probe(path, pass_fds=(fd,))
+    if not seen.kind and not seen.partitions:
+        with loops.attach(fd, name=disk.path) as loop:
+            filesystems.make(loop.path, disk.fs or "ext4")
+
+
+def _profile(name: str) -> str:
+    """A fragment of the administrator's, from a directory that only root writes."""
+    path = os.path.join(model.PROFILES, name if name.endswith(".xml") else f"{name}.xml")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise ConfigurationError(f"Cannot read the profile {name}: {path}: {error.strerror}") from error
+
+
+def _counts_swap() -> bool:
+    if cgroups.version() == 2:
+        return True
+    points = [point for point, kind in cgroups.hierarchies() if "memory" in kind.split(",")]
+    return any(os.path.exists(os.path.join(point, "memory.memsw.limit_in_bytes")) for point in points)

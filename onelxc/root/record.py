@@ -1,0 +1,154 @@
+"""What was a VM deployed with? Root's own record of it, JSON in the VM's state directory.
+
+`vm.json` says that the VM is ours and alive as far as we know; it comes with a commit and goes with the release. Until
+the commit it lies beside it as `vm.json.new`. Whatever changes a live VM stages a changed record and commits that.
+`paused` is there while the container is frozen on somebody's wish, and says whose: on cgroup v2 libvirt does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from onelxc import model, wire
+from onelxc.errors import StorageError
+from onelxc.model import Prepared, Vm, VmPaths
+from onelxc.root.journal import make_state_directory
+from onelxc.root.work import Work
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One deployed VM. `boot` is the boot of the host in which it was started."""
+
+    vm: Vm
+    prepared: Prepared
+    boot: str
+
+    @property
+    def of_this_boot(self) -> bool:
+        return self.boot == boot_id()
+
+
+def boot_id() -> str:
+    with open(BOOT_ID) as file:
+        return file.read().strip()
+
+
+def read(vm_id: int) -> Record | None:
+    """The record of a deployed VM, None if there is none."""
+    try:
+        with open(VmPaths(vm_id).record, "rb") as file:
+            data = json.loads(file.read())
+        return Record(wire.decode(Vm, data["vm"]), wire.decode(Prepared, data["prepared"]), str(data["boot"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"Cannot read the record of VM {vm_id}: {error}") from error
+
+
+def stage(vm: Vm, prepared: Prepared) -> None:
+    """Write the record that the next commit makes the VM's."""
+    data = {"vm": model.to_json(vm), "prepared": model.to_json(prepared), "boot": boot_id()}
+    write_json(VmPaths(vm.vm_id).record + ".new", data)
+
+
+def unstage(vm_id: int) -> None:
+    """Drop a record that was never committed."""
+    _unlink(VmPaths(vm_id).record + ".new")
+
+
+def commit(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: what was taken so far belongs to the VM, and the staged record is its own."""
+    path = work.paths.record
+    if os.path.exists(path + ".new"):
+        os.rename(path + ".new", path)
+        sync_directory(os.path.dirname(path))
+    if work.journal.held():
+        work.journal.commit()
+    return {}
+
+
+def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"ours": bool, "vm": …, "prepared": …, "paused": why or ""}`."""
+    found = read(work.vm_id)
+    return {
+        "ours": found is not None or os.path.exists(work.paths.journal),
+        "vm": model.to_json(found.vm) if found else None,
+        "prepared": model.to_json(found.prepared) if found else None,
+        "paused": paused(work.vm_id),
+    }
+
+
+def vm_ids() -> tuple[int, ...]:
+    """Every VM that has anything in our state directory."""
+    try:
+        names = os.listdir(os.path.join(model.STATE, "vms"))
+    except FileNotFoundError:
+        return ()
+    return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit()))
+
+
+def paused(vm_id: int) -> str:
+    """Why the container is frozen ("suspend", "snapshot" …), "" if it is not."""
+    try:
+        with open(_paused_path(vm_id)) as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def set_paused(vm_id: int, why: str) -> None:
+    """Write down that the container is frozen, before it is; "" that it goes on, after it does."""
+    path = _paused_path(vm_id)
+    if not why:
+        _unlink(path)
+        return
+    _write(path, why.encode())
+
+
+def _paused_path(vm_id: int) -> str:
+    return os.path.join(VmPaths(vm_id).state, "paused")
+
+
+def write_json(path: str, data: Any) -> None:
+    """Replace a file of ours as a whole, flushed: after a power cut it is the old one or the new one."""
+    _write(path, json.dumps(data, indent=1).encode())
+
+
+def _write(path: str, data: bytes) -> None:
+    try:
+        make_state_directory(os.path.dirname(path))
+        temporary = path + ".tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {error.strerror}") from error
+
+
+def sync_directory(path: str) -> None:
+    """Make renames in a directory survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

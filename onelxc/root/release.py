@@ -1,0 +1,255 @@
+"""How is everything that a VM holds on this host given back? The verb `release`, and the undoing of what was not kept.
+
+Order: the container's processes, its network devices, flush and unmount, devices, files, control groups, our record.
+The journal names what may be there, the kernel says what is: mounts below the VM's own directory, loop devices over its
+images. Everything can be done again and again; "already gone" is success. When it returns, the images are flushed and
+nothing holds them. The first error is the one raised, after all the rest has been tried.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+from onelxc import command, names
+from onelxc.errors import CommandError, OneLxcError, StorageError
+from onelxc.model import VmPaths
+from onelxc.root import cgroups, holders, mounts, orphans, record, syscalls, validate
+from onelxc.root.journal import Entry
+from onelxc.root.work import Work
+
+UNMOUNT_S = 10.0
+LOOP_S = 10.0
+NET = "/sys/class/net"
+
+
+def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: everything of this VM, if it is ours at all."""
+    everything(work)
+    return {}
+
+
+def is_ours(vm_id: int) -> bool:
+    """Whether anything says that this VM was ours: a record, a journal, or a mount in its place."""
+    paths = names_of(vm_id)
+    return any(map(os.path.exists, paths)) or bool(mounts.mounted_below(VmPaths(vm_id).mounts))
+
+
+def names_of(vm_id: int) -> tuple[str, ...]:
+    """The files that make a VM ours."""
+    paths = VmPaths(vm_id)
+    return paths.record, paths.journal, paths.record + ".new"
+
+
+def everything(work: Work) -> None:
+    """Give back all that the VM holds. A container of that name that is not ours is left alone."""
+    if not is_ours(work.vm_id):
+        _Steps().run(lambda: _remove_directories(work))
+        return
+    entries = work.journal.held()
+    images = _images(work, entries)
+    steps = _Steps()
+    steps.run(lambda: orphans.end(work.vm_id))
+    steps.run(lambda: remove_network_devices(work.vm_id))
+    steps.run(lambda: unmount_all(work))
+    for entry in entries:
+        steps.run(lambda: give_back(work, entry))  # noqa: B023
+    steps.run(lambda: wait_for_loops(work, images))
+    steps.finish()
+    _remove_directories(work)
+    work.journal.clear()
+    shutil.rmtree(work.paths.state, ignore_errors=True)
+
+
+def undo(work: Work) -> None:
+    """Give back what was taken and never committed, last in, first out. All of it: the record that was staged, too."""
+    entries = [entry for entry in work.journal.held() if not entry.committed]
+    if not entries and not os.path.exists(work.paths.record + ".new"):
+        return
+    if not os.path.exists(work.paths.record):
+        everything(work)  # nothing was ever kept of this VM
+        return
+    steps = _Steps()
+    for entry in entries:
+        steps.run(lambda: give_back(work, entry))  # noqa: B023
+    steps.run(lambda: record.unstage(work.vm_id))
+    steps.finish()
+
+
+class _Steps:
+    """Try everything, keep the first error."""
+
+    def __init__(self) -> None:
+        self.first: Exception | None = None
+
+    def run(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (OneLxcError, OSError) as error:
+            self.first = self.first or error
+
+    def finish(self) -> None:
+        if self.first is not None:
+            raise self.first
+
+
+def give_back(work: Work, entry: Entry) -> None:
+    """Give back one thing of the journal, and note that."""
+    function = GIVE_BACK.get(entry.kind)
+    if function is None:
+        raise StorageError(f"Cannot give back {entry.kind} of VM {work.vm_id}: an older or newer driver took it")
+    function(work, entry.what)
+    work.journal.gave_back(entry.number)
+
+
+def _give_back_mount(work: Work, what: dict[str, Any]) -> None:
+    path = str(what["path"])
+    flush(path)
+    unmount(work, path)
+    for directory in (path, os.path.dirname(path)):
+        try:
+            os.rmdir(directory)
+        except OSError:
+            break
+
+
+def _give_back_loop(work: Work, what: dict[str, Any]) -> None:
+    wait_for_loops(work, {(int(what["dev"]), int(what["ino"]))})
+
+
+def _give_back_file(work: Work, what: dict[str, Any]) -> None:
+    """A file that we made, next to an image: its directory is opened without following what was put there since."""
+    path = str(what["path"])
+    if path.startswith(names.STATE + "/"):
+        directory = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC) if os.path.exists(path) else -1
+    else:
+        try:
+            directory = validate.find_directory(os.path.dirname(path), work.config)
+        except StorageError:
+            return  # the whole directory is gone, or no longer where it was: nothing of ours in it
+    if directory < 0:
+        return
+    try:
+        os.unlink(os.path.basename(path), dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(directory)
+
+
+def _give_back_domain(work: Work, what: dict[str, Any]) -> None:
+    orphans.end(work.vm_id)
+    remove_network_devices(work.vm_id)
+
+
+GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
+    "mount": _give_back_mount,  # path
+    "loop": _give_back_loop,  # dev, ino of the image; path for people
+    "file": _give_back_file,  # path
+    "domain": _give_back_domain,
+}
+"""How each kind of journal entry is given back, and what its data are."""
+
+
+def _images(work: Work, entries: list[Entry]) -> set[tuple[int, int]]:
+    """(st_dev, st_ino) of the VM's images: what the journal names, and what is mounted in the VM's place."""
+    found = {(int(e.what["dev"]), int(e.what["ino"])) for e in entries if e.kind == "loop"}
+    return found | {pair for pair in map(holders.loop_image, holders.loops_below(work.paths.mounts)) if pair}
+
+
+def remove_network_devices(vm_id: int) -> None:
+    """The host sides of the VM's NICs; they go with the container, unless it died badly."""
+    pattern = re.compile(re.escape(names.deploy_id(vm_id)) + r"-\d+\Z")
+    for device in os.listdir(NET):
+        # a veth has a peer; a bridge or a card that somebody called so is not ours
+        if not pattern.match(device) or not _is_veth(device):
+            continue
+        try:
+            command.run(["ip", "link", "delete", "dev", device], verb=f"remove {device}")
+        except CommandError:
+            if os.path.exists(os.path.join(NET, device)):
+                raise
+
+
+def _is_veth(device: str) -> bool:
+    try:
+        with open(os.path.join(NET, device, "iflink")) as peer, open(os.path.join(NET, device, "ifindex")) as own:
+            return peer.read() != own.read() and not os.path.exists(os.path.join(NET, device, "device"))
+    except OSError:
+        return False
+
+
+def unmount_all(work: Work) -> None:
+    """Everything below the VM's directory of mounts, deepest first, written out before."""
+    steps = _Steps()
+    for point in reversed(mounts.mounted_below(work.paths.mounts)):
+        steps.run(lambda: flush(point))  # noqa: B023
+        steps.run(lambda: unmount(work, point))  # noqa: B023
+    steps.finish()
+
+
+def flush(point: str) -> None:
+    """Write a file system out to its image. A mount somewhere else may outlive ours and do it too late."""
+    try:
+        fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        syscalls.syncfs(fd)
+    except OSError as error:
+        raise StorageError(f"Cannot write out {point}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def unmount(work: Work, point: str) -> None:
+    """Unmount, in every mount namespace that has a copy. The error says who keeps it busy."""
+    try:
+        mounts.unmount(point, limit_s=UNMOUNT_S)
+    except StorageError as error:
+        users = holders.users_of(point)
+        raise StorageError(f"{error}; in use by {', '.join(users)}" if users else str(error)) from error
+
+
+def wait_for_loops(work: Work, images: set[tuple[int, int]]) -> None:
+    """Return when no loop device holds an image any more.
+
+    Devices clear themselves with their last mount. Where mounts are private (hosts without systemd), every container
+    started since ours keeps a copy of our mounts in its controller's namespace: those are unmounted there.
+    """
+    if not images:
+        return
+    deadline = time.monotonic() + LOOP_S
+    for attempt in range(10**6):
+        held = holders.loops_over(images)
+        if not held:
+            return
+        if attempt in (2, 20, 100):
+            for device in held:
+                holders.unmount_elsewhere(device, work.paths.mounts + "/")
+        if time.monotonic() > deadline:
+            users = sorted({user for device in held for user in holders.mounters_of(device)})
+            raise StorageError(
+                f"Cannot free {', '.join(held)} (images of VM {work.vm_id}):"
+                f" in use by {', '.join(users) or 'the kernel'}"
+            )
+        time.sleep(0.005 if attempt < 20 else 0.05)
+
+
+def _remove_directories(work: Work) -> None:
+    """The empty mount points; and v1's groups, which libvirt leaves when it was away at the end."""
+    base = work.paths.mounts
+    if os.path.isdir(base) and not mounts.mounted_below(base):
+        for directory, _, _ in os.walk(base, topdown=False):
+            try:
+                os.rmdir(directory)
+            except OSError:
+                continue
+    if is_ours(work.vm_id):
+        for group in cgroups.groups(work.vm_id):
+            if not cgroups.processes(group.path):
+                cgroups.remove(group.path)
