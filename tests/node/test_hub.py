@@ -150,7 +150,8 @@ def test_only_one_runs_however_many_start_it() -> None:
     if started is not None:
         os.kill(started, signal.SIGTERM)
         eventually("its end", lambda: not hub.is_running())
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from onelxc.root import hub; hub.ensure_running(); print(hub.pid())"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom onelxc.root import hub"
+    code += "\nhub.ensure_running(); print(hub.pid())"
     many = [
         subprocess.Popen([sys.executable, "-c", code, str(REPOSITORY)], stdout=subprocess.PIPE, text=True)
         for _ in range(6)

@@ -1,0 +1,22 @@
+"""What every tier shares: the repository on the path, and that a test's directory is its tier."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if REPOSITORY not in sys.path:
+    sys.path.insert(0, REPOSITORY)
+
+TIERS = ("lint", "pure", "contract", "install", "node")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The directory names the tier; `-m node` selects by it."""
+    for item in items:
+        tier = os.path.relpath(str(item.path), os.path.dirname(os.path.abspath(__file__))).split(os.sep)[0]
+        if tier in TIERS:
+            item.add_marker(tier)

@@ -1,0 +1,12 @@
+"""The node tier: root, a real libvirt with LXC, real mounts; a leak check after every test."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.fixtures import *  # noqa: F403
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(clean: None) -> None:
+    """Every test of this tier is compared with what was on the host before it."""

@@ -1,0 +1,148 @@
+"""What is on this host right now? Domains, mounts, loop devices, links, cgroups, processes: asked of the kernel and of
+libvirt, never of the driver that is being tested.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+from dataclasses import dataclass
+
+import libvirt
+
+LOOP_GET_STATUS64 = 0x4C05
+
+
+def command(*argv: str, stdin: str | None = None, timeout_s: float = 60, check: bool = True) -> str:
+    """stdout of a program that has to succeed."""
+    done = subprocess.run(
+        argv,
+        input=stdin,
+        stdin=None if stdin is not None else subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert not check or done.returncode == 0, f"{argv}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def domains() -> dict[str, int]:
+    """Every domain that libvirt knows with its state, VIR_DOMAIN_*; inactive ones too."""
+    connection = libvirt.open("lxc:///")
+    try:
+        return {domain.name(): domain.state()[0] for domain in connection.listAllDomains()}
+    finally:
+        connection.close()
+
+
+def domain_xml(name: str) -> str:
+    connection = libvirt.open("lxc:///")
+    try:
+        return str(connection.lookupByName(name).XMLDesc())
+    finally:
+        connection.close()
+
+
+def init_pid(name: str) -> int:
+    """The pid, seen from here, of the container's process 1. The domain's id is the pid of its controller."""
+    connection = libvirt.open("lxc:///")
+    try:
+        controller = connection.lookupByName(name).ID()
+    finally:
+        connection.close()
+    for pid in pids():
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{pid}/status") as status:
+                numbers = re.search(r"^NSpid:(.*)$", status.read(), re.MULTILINE)
+        except OSError:
+            continue
+        if parent == controller and numbers and numbers.group(1).split()[-1] == "1":
+            return pid
+    raise AssertionError(f"the domain {name} has no process 1")
+
+
+def inside(name: str, shell: str, *, timeout_s: float = 30, check: bool = True, uid: int = 0) -> str:
+    """stdout of a shell command run in all namespaces of the container, as its root."""
+    pid = init_pid(name)
+    mine, theirs = (os.readlink(f"/proc/{who}/ns/user") for who in ("self", pid))
+    argv = ["nsenter", "-t", str(pid), "-m", "-u", "-i", "-n", "-p"]
+    if mine != theirs:
+        argv.append("-U")
+    argv += ["-S", str(uid), "-G", str(uid), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "/bin/sh", "-c", shell]
+    return command(*argv, timeout_s=timeout_s, check=check)
+
+
+def pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def command_line(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Mount:
+    device: str
+    root: str
+    point: str
+    kind: str
+    source: str
+
+
+def mounts() -> list[Mount]:
+    found = []
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            fields, (kind, source) = left.split(" "), right.split(" ")[:2]
+            point = re.sub(r"\\(\d{3})", lambda match: chr(int(match.group(1), 8)), fields[4])
+            found.append(Mount(fields[2], fields[3], point, kind, source))
+    return found
+
+
+def loops() -> dict[str, str]:
+    """Loop devices with their backing file, of this machine: others' files lie on file systems not mounted here."""
+    here = {mount.device for mount in mounts()}
+    found = {}
+    for name in sorted(os.listdir("/sys/block")):
+        backing = f"/sys/block/{name}/loop/backing_file"
+        if not os.path.exists(backing):
+            continue
+        try:
+            with open(f"/dev/{name}", "rb") as device:
+                status = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(232))
+            with open(backing) as file:
+                path = file.read().strip()
+        except OSError:  # gone meanwhile, or without backing file
+            continue
+        number = struct.unpack_from("Q", status)[0]
+        # the kernel's huge_encode_dev: 12 bits of major in the middle of the minor's
+        device_number = f"{(number >> 8) & 0xFFF}:{(number & 0xFF) | ((number >> 12) & 0xFFFFF00)}"
+        if device_number in here:
+            found[name] = path
+    return found
+
+
+def links() -> set[str]:
+    return set(os.listdir("/sys/class/net"))
+
+
+def cgroups() -> set[str]:
+    """Directories of containers in any controller, below the partition that libvirt makes."""
+    found = set()
+    for directory, names, _ in os.walk("/sys/fs/cgroup"):
+        for name in list(names):
+            if "lxc-" in name and ("libvirt-lxc" in name or name.startswith("machine-lxc")):
+                found.add(os.path.join(directory, name))
+                names.remove(name)
+    return found

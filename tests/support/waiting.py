@@ -1,0 +1,21 @@
+"""How does a test wait? For a condition, with a generous limit, never for a length of time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float = 60, interval_s: float = 0.05) -> T:
+    """The first true answer of `condition`; AssertionError with `what` and the last answer if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what or condition} (last answer: {answer!r})")
+        time.sleep(interval_s)
