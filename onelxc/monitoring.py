@@ -16,6 +16,8 @@ from onelxc.usage import Io, Net, Usage
 HYPERVISOR = "lxc"
 """What schedulers, marketplaces and Sunstone look for, however the driver's directory is called."""
 
+OS_KEYS = ("OS_ID", "OS_TYPE", "OS_VERSION", "OS_MACHINE", "OS_NAME")
+
 
 def word(text: str) -> str:
     """A value in quotes, without the characters that one generation or the other would take for something else."""
@@ -107,7 +109,7 @@ def vm_usage(usage: Usage) -> str:
 
 def guest_os(release: Mapping[str, str]) -> str:
     """What the guest's /etc/os-release says. It is the tenant's file: only harmless characters get through."""
-    return lines({key: release[key] for key in ("OS_ID", "OS_VERSION", "OS_NAME") if release.get(key)})
+    return lines({key: release[key] for key in OS_KEYS if release.get(key)})
 
 
 def disk_sizes(sizes_mb: Iterable[tuple[int, int]]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from onelxc import __version__, command
 from onelxc.errors import HelperError, OneLxcError
+from onelxc.root.verbs import ANY_VERSION, ONE_SHOT
 
 _ACTION = re.compile(r"[a-z][a-z_]{1,30}")
 
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         words, options = _parse(argv)
-        _check_version(options.get("version"))
+        if words[:1] not in ([verb] for verb in ANY_VERSION):
+            _check_version(options.get("version"))
         from onelxc import config
 
         policy = config.host()
@@ -50,8 +52,6 @@ def main(argv: list[str]) -> int:
 
 
 def _one_shot(words: list[str], policy: Any) -> int:
-    from onelxc.root.verbs import ONE_SHOT
-
     if len(words) != 1 or words[0] not in ONE_SHOT:
         raise HelperError(f"Cannot run the root helper: unknown verb {' '.join(words)!r}")
     try:

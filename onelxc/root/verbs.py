@@ -16,4 +16,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "record": ("onelxc.root.record", "verb"),
 }
 
-ONE_SHOT: dict[str, tuple[str, str]] = {}
+ONE_SHOT: dict[str, tuple[str, str]] = {
+    "sample": ("onelxc.root.sample", "verb"),
+}
+
+ANY_VERSION = ("reap", "sample")
+"""One-shot verbs of the probes, whose form never changes. Between an upgrade of the front-end and `install.sh node` on
+a host actions are refused, but a host that could not be looked at would go to ERROR with all its VMs.
+"""
