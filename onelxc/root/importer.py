@@ -56,7 +56,7 @@ _TAR = (
     "--warning=no-unknown-keyword",
     "--warning=no-xattr-write",
 )
-_NO_SPACE = "No space left on device"
+_NO_SPACE = re.compile("No space left on device|Wrote only [0-9]+ of")
 
 
 @dataclass(frozen=True)
@@ -225,12 +225,12 @@ class _Import:
         def watch(stderr: str) -> bool:
             self.abort()
             self._watch_space()
-            return _NO_SPACE in stderr
+            return _NO_SPACE.search(stderr) is not None
 
         outcome = jail.unpack(
             mount_fd, _TAR, self.archive.decompressor, self._chunks(), watch, limit_s=self.limits.seconds
         )
-        if _NO_SPACE in outcome.stderr:
+        if _NO_SPACE.search(outcome.stderr):
             raise _TooSmall
         if outcome.filter_status not in (0, -13):
             said = _first_line(outcome.filter_stderr) or f"{self.archive.compression} failed"

@@ -53,7 +53,7 @@ def prepare(root_fd: int, mount_points: Iterable[tuple[str, bool]]) -> None:
 
 def make_directory(root_fd: int, path: str) -> None:
     """mkdir -p inside the root. What is there already, also behind a symbolic link, stays as it is."""
-    below = posixpath.normpath("/" + path)
+    below = posixpath.normpath("/" + path.lstrip("/"))
     if below == "/":
         return
     try:
@@ -80,7 +80,7 @@ def make_directory(root_fd: int, path: str) -> None:
 
 def make_file(root_fd: int, path: str) -> None:
     """An empty file inside the root, for a file to be mounted over."""
-    below = posixpath.normpath("/" + path)
+    below = posixpath.normpath("/" + path.lstrip("/"))
     make_directory(root_fd, posixpath.dirname(below))
     try:
         os.close(syscalls.openat2(root_fd, below, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY, 0o644))
