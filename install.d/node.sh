@@ -20,7 +20,7 @@ node_install() {
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node has to be run as root, on the host: sudo ./install.sh node"
     say "OneLXC $(bundle_version) on host $(uname -n)"
     read_manifest "$node_manifest"
-    if [ "$1" = yes ]; then install_packages; fi
+    if [ "$1" = yes ]; then install_packages "${needed_packages[@]}" "${useful_packages[@]}"; fi
     put_user_into_group
     put_helper
     put_policy
@@ -35,21 +35,19 @@ node_install() {
     if [ "$dry_run" = no ]; then check_host; fi
 }
 
+# install_packages NAME...: those that are missing
 install_packages() {
     local package missing=()
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
         say "This is neither Debian nor Ubuntu; make sure that the host has what these packages hold:"
-        say "  ${needed_packages[*]} ${useful_packages[*]}"
+        say "  $*"
         return 0
     fi
-    for package in "${needed_packages[@]}" "${useful_packages[@]}"; do
+    for package; do
+        # the daemon without what wires it into systemd, where there is none
+        if [ "$package" = libvirt-daemon-system ] && [ ! -d /run/systemd/system ]; then package=libvirt-daemon; fi
         has_package "$package" || missing+=("$package")
     done
-    # a machine without systemd may have libvirt's daemon without the package that wires it into one
-    if [ ! -d /run/systemd/system ] && command -v libvirtd >/dev/null; then
-        mapfile -t missing < <(printf '%s\n' "${missing[@]}" | grep -vx 'libvirt-daemon-system' || :)
-        [ -n "${missing[*]}" ] || missing=()
-    fi
     [ ${#missing[@]} -gt 0 ] || return 0
     if step "install packages: ${missing[*]}"; then
         apt_get update || say "apt-get update failed; going on with the package lists that are here"
