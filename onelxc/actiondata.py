@@ -1,7 +1,7 @@
 """What does an action of 6.x/7.x ask for beyond its arguments? `<VMM_DRIVER_ACTION_DATA>`, read for each action.
 
-The XML goes before argv: `index` of attach_disk is wrong for targets such as /mnt/x, and quotes in the arguments of exec
-and resize do not survive the shells on the way. States are those of include/VirtualMachine.h at release-7.4.0.
+The XML goes before argv: `index` of attach_disk is wrong for targets such as /mnt/x, and quotes in the arguments of
+exec do not survive the shells on the way. States are those of include/VirtualMachine.h at release-7.4.0.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def vm_dir_of(root: Any, request: Request) -> str:
         return request.vm_dir
     for name in ("DISK_TARGET_PATH", "CHECKPOINT_FILE"):
         path = (root.findtext(name) or "").strip()
-        if path.startswith("/"):
+        # at migrate, DISK_TARGET_PATH is that of the datastore
+        if path.startswith("/") and posixpath.basename(path).startswith(("disk.", "checkpoint")):
             return clean_path(posixpath.dirname(path))
     base = (root.findtext("DATASTORE/BASE_PATH") or "").strip()
     if base.startswith("/"):
@@ -141,7 +142,7 @@ def command_of(request: Request) -> Exec:
 
 
 def saving_of(request: Request) -> Saving:
-    """What a save or restore is for. Only `onevm suspend` leaves everything where it is, so that a freezer is enough."""
+    """What a save or restore is for. Only a suspend leaves everything where it is, so that a freezer is enough."""
     fields = template.template_of(template.root_of(request.xml, request.vm_id), request.vm_id)[2]
     state = fields.whole("LCM_STATE")
     table = _SAVING if request.action == "save" else _RESTORING

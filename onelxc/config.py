@@ -217,7 +217,7 @@ class _File:
         if found is None:
             return default
         if not found.vector:
-            raise self._wrong(name, f"is a value, not a vector as {name} = [ {key} = … ]")
+            raise self._wrong(name, f"is a value, not a vector: {name} = [ … ]")
         value = found.get(key)
         return default if value is None else value
 

@@ -46,8 +46,8 @@ class Request:
             return ""
         if self.action == "restore":
             return arguments[2] if self.generation is Generation.MONITORD and len(arguments) > 2 else ""
-        least = {"save": 2, "migrate": 3} if self.generation is Generation.PULL else {}
-        if self.generation is Generation.PULL and len(arguments) < least.get(self.action, 1) + 1:
+        others = {"save": 2, "migrate": 2}.get(self.action, 1)
+        if self.generation is Generation.PULL and len(arguments) <= others:
             return ""
         name = arguments[0] if arguments else ""
         return "" if name in ("-", self.host) else name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onelxc.config import Defaults
 from onelxc.errors import NotSupportedError
@@ -21,6 +21,16 @@ NAME_LIMIT = 15
 """IFNAMSIZ - 1."""
 _INTERFACE = re.compile(r"[^\s/:\x00-\x1f]{1,15}\Z")
 _FILTER = re.compile(r"[\w.:-]+\Z")
+
+
+def _one_default_route(found: list[Nic]) -> tuple[Nic, ...]:
+    """Only the first gateway of each family stays: the kernel refuses a second default route of the same metric."""
+    routed: list[Nic] = []
+    for one in found:
+        gateway = "" if any(before.gateway for before in routed) else one.gateway
+        gateway6 = "" if any(before.gateway6 for before in routed) else one.gateway6
+        routed.append(replace(one, gateway=gateway, gateway6=gateway6))
+    return tuple(routed)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ def nics(template: Fields, vm_id: int, defaults: Defaults, notes: list[str]) -> 
     for before, after in zip(found, found[1:]):
         if before.nic_id == after.nic_id:
             raise template.error(f"NIC {after.nic_id} is there twice")
-    return tuple(found)
+    return _one_default_route(found)
 
 
 def _nic(fields: Fields, number: int, around: _Around) -> Nic:
