@@ -116,7 +116,8 @@ def test_probes_import_neither_lxml_nor_yaml() -> None:
 
 FORBIDDEN = {
     "a path of one machine": re.compile(r"/work/|/home/(?!user\b)[a-z]"),
-    "a lazy umount": re.compile(r"umount2?\b.{0,40}(-l\b|MNT_DETACH|--lazy)"),
+    # `umount(".")` is the old root after pivot_root, in a namespace of our own: there it hides nothing
+    "a lazy umount": re.compile(r"""umount2?\b(?!\("\."|2\("\.").{0,40}(-l\b|MNT_DETACH|--lazy)"""),
     "a shell": re.compile(r"shell\s*=\s*True|os\.system\("),
 }
 EXEMPT = {"tests/lint/test_rules.py", "tests/alone"}

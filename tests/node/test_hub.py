@@ -65,7 +65,7 @@ class Container:
             for domain in connection.listAllDomains(0):
                 if domain.name() == deploy_id(self.vm_id):
                     domain.destroy()
-        subprocess.run(["rm", "-rf", self.root, VmPaths(self.vm_id).state], check=True)
+        subprocess.run(["rm", "-rf", self.root, VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
         for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
             Path(path).unlink(missing_ok=True)
 
