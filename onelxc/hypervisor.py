@@ -250,8 +250,11 @@ class Domain:
             _call(f"Cannot resume {self.name}", self._handle.suspend)
         _call(f"Cannot resume {self.name}", self._handle.resume)
 
-    def wait_gone(self, limit_s: float) -> bool:
-        """Wait until libvirt has forgotten it, and with it its devices and cgroup; a zombie counts as ended."""
+    def wait_gone(self, limit_s: float, meanwhile: Callable[[], None] | None = None) -> bool:
+        """Wait until libvirt has forgotten it, and with it its devices and cgroup; a zombie counts as ended.
+
+        `meanwhile` is called again and again, and may raise to end the waiting.
+        """
         deadline = time.monotonic() + limit_s
         pause = 0.01
         while True:
@@ -260,10 +263,14 @@ class Domain:
                 return True
             if time.monotonic() >= deadline:
                 return False
+            if meanwhile:
+                meanwhile()
             time.sleep(pause)
             pause = min(pause * 1.5, 0.1)
 
-    def wait_restarted(self, controller: int | None, limit_s: float) -> bool:
+    def wait_restarted(
+        self, controller: int | None, limit_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> bool:
         """Wait until it runs under another controller than `controller`: it has rebooted. False if not, or gone."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -271,6 +278,8 @@ class Domain:
                 return False
             if self.controller_pid() not in (None, controller) and self.alive():
                 return True
+            if meanwhile:
+                meanwhile()
             time.sleep(0.05)
         return False
 

@@ -7,7 +7,9 @@ is allowed. Holds no lock and touches no disk; its callers do that through the r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.hypervisor import Domain, Hypervisor, State
@@ -16,11 +18,14 @@ from onelxc.model import Init
 QUOTED_LINES = 3
 
 
-def stop(domain: Domain, init: Init, *, limit_s: float, force: bool) -> None:
-    """Power off by asking init, and wait until it is gone. Without `force` a container that stays is an error."""
+def stop(domain: Domain, init: Init, *, limit_s: float, force: bool, meanwhile: Callable[[], None]) -> None:
+    """Power off by asking init, and wait until it is gone. Without `force` a container that stays is an error.
+
+    `meanwhile` is called while waiting; what it raises (a cancel came) ends that.
+    """
     for _ in range(2):
         domain.ask_stop(init)
-        if domain.wait_gone(limit_s / 2):
+        if domain.wait_gone(limit_s / 2, meanwhile):
             return
     if not force:
         raise HypervisorError(
@@ -29,11 +34,13 @@ def stop(domain: Domain, init: Init, *, limit_s: float, force: bool) -> None:
     domain.end()
 
 
-def reboot(hypervisor: Hypervisor, domain: Domain, init: Init, *, limit_s: float) -> Domain:
+def reboot(
+    hypervisor: Hypervisor, domain: Domain, init: Init, *, limit_s: float, meanwhile: Callable[[], None]
+) -> Domain:
     """Restart by asking init, by force where it knows no reboot, does not come back in time or just ends."""
     xml = domain.xml()
     controller = domain.controller_pid()
-    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s):
+    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s, meanwhile):
         return domain
     return restart(hypervisor, domain, xml)
 
@@ -56,32 +63,48 @@ def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
         raise
 
 
-def lives_already(hypervisor: Hypervisor, name: str, *, ours: bool) -> bool:
+@dataclass(frozen=True)
+class Known:
+    """What root's record says of a VM. `ours` also where only something left over from it is known."""
+
+    ours: bool
+    init: Init
+    paused: bool
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Known:
+        """From the helper's answer to `record`."""
+        prepared = record["prepared"]
+        init = Init(prepared["init"]) if prepared else Init.OTHER
+        return cls(ours=bool(record["ours"]), init=init, paused=bool(record["paused"]))
+
+
+def lives_already(hypervisor: Hypervisor, name: str, known: Known) -> bool:
     """Whether a deploy has nothing to do. HypervisorError if the name belongs to a container that is not ours."""
     domain = hypervisor.find(name)
     if domain is None:
         return False
-    _refuse_foreign(domain, ours=ours)
+    _refuse_foreign(domain, known)
     return domain.alive()
 
 
-def ours(hypervisor: Hypervisor, name: str, *, ours: bool) -> Domain | None:
+def ours(hypervisor: Hypervisor, name: str, known: Known) -> Domain | None:
     """Our container of that name, None if it has ended and only what it held is left.
 
     NoSuchDomainError if there is nothing of ours at all, HypervisorError if the name belongs to somebody else.
     """
     domain = hypervisor.find(name)
     if domain is not None:
-        _refuse_foreign(domain, ours=ours)
-    elif not ours:
+        _refuse_foreign(domain, known)
+    elif not known.ours:
         raise NoSuchDomainError(f"Cannot find {name}: no such container on this host")
     return domain
 
 
-def ours_alive(hypervisor: Hypervisor, name: str, *, ours: bool) -> Domain:
+def ours_alive(hypervisor: Hypervisor, name: str, known: Known) -> Domain:
     """Our running container of that name; NoSuchDomainError if there is none."""
     domain = hypervisor.domain(name)
-    _refuse_foreign(domain, ours=ours)
+    _refuse_foreign(domain, known)
     if domain.state() is State.ENDED:
         raise NoSuchDomainError(f"Cannot find {name}: it has ended")
     return domain
@@ -89,18 +112,18 @@ def ours_alive(hypervisor: Hypervisor, name: str, *, ours: bool) -> Domain:
 
 @contextlib.contextmanager
 def quoting(console: Callable[[], str]) -> Iterator[None]:
-    """Complete the error of a container that would not start with the last words on its console."""
+    """Complete the error of a container that would not start with the last lines on its console."""
     try:
         yield
     except HypervisorError as error:
-        said = " / ".join(line.strip() for line in console().splitlines()[-QUOTED_LINES:] if line.strip())
+        said = " / ".join(console().splitlines()[-QUOTED_LINES:])
         if not said:
             raise
         raise type(error)(f"{error}; its console said: {said}", code=error.code) from None
 
 
-def _refuse_foreign(domain: Domain, *, ours: bool) -> None:
-    if not ours:
+def _refuse_foreign(domain: Domain, known: Known) -> None:
+    if not known.ours:
         raise HypervisorError(
             f"Cannot touch {domain.name}: a container of that name, not ours, runs on this host ({domain.uuid()})"
         )
