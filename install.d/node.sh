@@ -175,7 +175,7 @@ check_host() {
     say
     say "The host:"
     local code=0
-    ONEADMIN=$user "$library/onelxc-root" check || code=$?
+    "$library/onelxc-root" check "$user" || code=$?
     [ "$code" -eq 0 ] || die "installed, but containers cannot run on this host yet: see above"
 }
 

@@ -271,9 +271,9 @@ def verb(_config: object, request: dict[str, object], _log: object) -> list[str]
     return [str(problem) for problem in problems(str(request.get("user", "")))]
 
 
-def main() -> int:
+def main(user: str = "") -> int:
     """`onelxc-root check`, for people: a line per problem and a verdict. 1 when no container can run here."""
-    found = problems()
+    found = problems(user)
     for problem in found:
         print(problem)
     fatal = any(problem.fatal for problem in found)

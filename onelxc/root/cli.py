@@ -3,6 +3,7 @@
     onelxc-root session <vm id> <verb of the action> --version X [--started SECONDS]    requests on stdin: `session`
     onelxc-root <one-shot verb> --version X                                            one request on stdin
     onelxc-root version
+    onelxc-root check [USER]                                                           for people: what is missing here
 
 Nothing of the caller's environment is used, and no code outside the directory that this package lies in.
 """
@@ -31,6 +32,10 @@ def main(argv: list[str]) -> int:
     if argv == ["version"]:
         print(__version__)
         return 0
+    if argv[:1] == ["check"] and len(argv) <= 2:
+        from onelxc.root import check
+
+        return check.main(argv[1] if len(argv) > 1 else "")
     try:
         words, options = _parse(argv)
         if words[:1] not in ([verb] for verb in ANY_VERSION):

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 ONE_SHOT: dict[str, tuple[str, str]] = {
+    "check": ("onelxc.root.check", "verb"),
     "sample": ("onelxc.root.sample", "verb"),
 }
 

@@ -1,0 +1,135 @@
+"""Numbers of real containers, as the installed probes, run by oneadmin, see them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import machine
+from tests.support.plain import Plain
+from tests.support.vms import MONITORD, Driver
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.generation(MONITORD)
+PROBES = "onelxc-probes.d"
+STATE = "/var/tmp/one_db"
+IDLE = "while true; do sleep 1000; done"
+
+
+@pytest.fixture
+def plain() -> Iterator[Callable[..., Plain]]:
+    made: list[Plain] = []
+
+    def make(name: str, script: str = IDLE, **options: object) -> Plain:
+        made.append(Plain(name, script, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for container in made:
+        container.end()
+
+
+def probe(driver: Driver, name: str) -> str:
+    return driver.probe(f"{PROBES}/{name}/onelxc", "lxc", 2, "node1", stdin="<MONITOR_CONFIGURATION/>").ok().out
+
+
+def values(text: str) -> dict[str, str]:
+    return {name: value.strip('"') for name, _, value in (line.partition("=") for line in text.splitlines())}
+
+
+def monitored(driver: Driver) -> dict[int, dict[str, str]]:
+    """vm/monitor's answer, by VM."""
+    found = {}
+    for line in probe(driver, "vm/monitor").splitlines():
+        match = re.fullmatch(r'VM = \[ ID="(\d+)", DEPLOY_ID="one-\1", MONITOR="([^"]*)" \]', line)
+        assert match, line
+        found[int(match.group(1))] = values(base64.b64decode(match.group(2)).decode())
+    return found
+
+
+def test_cpu_of_a_busy_and_an_idle_container(driver: Driver, plain: Callable[..., Plain]) -> None:
+    plain("one-901", "while true; do true; done")
+    plain("one-902")
+    monitored(driver)
+
+    def busy() -> bool:
+        first, second = (monitored(driver)[vm_id] for vm_id in (901, 902))
+        assert float(second["CPU"]) < 20
+        return 30 < float(first["CPU"]) <= 105
+
+    wait_until(busy, "one core is kept busy", interval_s=1.1)
+
+
+def test_memory_is_without_the_page_cache(driver: Driver, plain: Callable[..., Plain]) -> None:
+    plain("one-903", "dd if=/dev/zero of=/file bs=1M count=30; " + IDLE)
+    group = next(path for path in machine.cgroups() if "one-903" in path and "/memory/" in path or ".scope" in path)
+    used = next(
+        path for name in ("memory.usage_in_bytes", "libvirt/memory.current", "memory.current")
+        if os.path.exists(path := os.path.join(group, name))
+    )  # fmt: skip
+
+    def usage_kib() -> int:
+        with open(used) as file:
+            return int(file.read()) // 1024
+
+    wait_until(lambda: usage_kib() > 25 * 1024, "the file is in the cache")
+    wait_until(lambda: int(monitored(driver)[903]["MEMORY"]) < 15 * 1024, "the cache does not count")
+
+
+def test_network_as_the_guest_sees_it(driver: Driver, plain: Callable[..., Plain], bridge: str) -> None:
+    plain("one-904", bridge=bridge, address="10.77.0.204")
+    before = monitored(driver)[904]
+    assert before["GUEST_IP"] == before["GUEST_IP_ADDRESSES"] == "10.77.0.204"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(300):
+            try:
+                sender.sendto(bytes(1000), ("10.77.0.204", 9))
+            except ConnectionRefusedError:  # the guest's answer to the one before
+                pass
+            time.sleep(0.001)  # not faster than the neighbour's address is found out
+    after = monitored(driver)[904]
+    received, sent = (int(after[name]) - int(before[name]) for name in ("NETRX", "NETTX"))
+    assert received > 100_000 and sent < received / 2
+
+
+def test_oom_kills_and_tasks(driver: Driver, plain: Callable[..., Plain]) -> None:
+    eater = "(x=0123456789; while true; do x=$x$x; done) & " + IDLE
+    plain("one-905", eater, memory_kib=40960)
+    wait_until(lambda: int(monitored(driver)[905]["OOM_KILLS"]) == 1, "the kernel has killed the eater")
+    # the controller with its threads, the shell and its sleep
+    assert int(monitored(driver)[905]["TASKS"]) >= 3
+
+
+def test_a_container_of_others_is_offered_and_left_alone(driver: Driver, plain: Callable[..., Plain]) -> None:
+    wild = plain("web.example", memory_kib=131072)
+    before = machine.init_pid("web.example")
+    for name in ("host/system", "host/monitor", "vm/status", "vm/monitor", "vm/snapshot"):
+        probe(driver, name)
+    text = probe(driver, "host/system")
+    offered = next(line for line in text.splitlines() if line.startswith("VM = "))
+    match = re.fullmatch(r'VM = \[ ID="-1", VM_NAME="(.*?)", DEPLOY_ID="(.*?)", IMPORT_TEMPLATE="(.*?)" \]', offered)
+    assert match and match.group(1) == match.group(2) == "web.example"
+    template = values(base64.b64decode(match.group(3)).decode())
+    assert template["MEMORY"] == "128" and template["HYPERVISOR"] == "lxc"
+    assert "web.example" not in probe(driver, "vm/status") + probe(driver, "vm/monitor")
+    assert machine.init_pid("web.example") == before
+    assert wild.inside("echo alive") == "alive\n"
+
+
+def test_host(driver: Driver) -> None:
+    facts, used = values(probe(driver, "host/system")), values(probe(driver, "host/monitor"))
+    with open("/proc/meminfo") as file:
+        total_kib = int(file.readline().split()[1])
+    assert facts["HYPERVISOR"] == used["HYPERVISOR"] == "lxc"
+    assert int(facts["TOTALMEMORY"]) == total_kib
+    assert int(used["USEDMEMORY"]) + int(used["FREEMEMORY"]) == total_kib
+    assert int(used["USEDCPU"]) + int(used["FREECPU"]) == int(facts["TOTALCPU"])
+    assert facts["CGROUPS_VERSION"] == ("2" if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else "1")
+    assert "ONELXC_WARNING" not in facts
+    assert "ARCH" not in facts, "OpenNebula's own probe beside ours says it"
