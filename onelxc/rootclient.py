@@ -28,12 +28,13 @@ UNDO_LIMIT_S = 180
 class Session:
     """The action's side of one session. A GiveUpError, once heard, is the answer to everything after."""
 
-    def __init__(self, vm_id: int, verb: str, report: Report) -> None:
+    def __init__(self, vm_id: int, verb: str, report: Report, wait_s: float) -> None:
         self.vm_id = vm_id
         self.verb = verb
         self._report = report
         self._given_up: GiveUpError | None = None
-        self._process, self._stderr = _start(["session", str(vm_id), verb, "--started", f"{_started():.2f}"])
+        times = ["--started", f"{_started():.2f}", "--wait", f"{wait_s:g}"]
+        self._process, self._stderr = _start(["session", str(vm_id), verb, *times])
         self._buffer = b""
         try:
             self._answer()
@@ -145,9 +146,10 @@ class Session:
         return line
 
 
-def open_session(vm_id: int, verb: str, report: Report) -> Session:
-    """A session for one VM. HelperError if the helper is missing, of another version, or the VM's lock is not free."""
-    return Session(vm_id, verb, report)
+def open_session(vm_id: int, verb: str, report: Report, *, wait_s: float = 120) -> Session:
+    """A session for one VM. HelperError if the helper is missing, of another version, or the VM's lock is not free
+    within `wait_s`."""
+    return Session(vm_id, verb, report, wait_s)
 
 
 def one_shot(verb: str, request: dict[str, Any] | None = None, report: Report | None = None) -> Any:

@@ -1,9 +1,12 @@
 """What may be asked of root? The one program that sudo allows to oneadmin: arguments in, JSON lines out.
 
-    onelxc-root session <vm id> <verb of the action> --version X [--started SECONDS]    requests on stdin: `session`
-    onelxc-root <one-shot verb> --version X                                            one request on stdin
+    onelxc-root session <vm id> <action> --version X [--started SECONDS] [--wait SECONDS]    requests on stdin
+    onelxc-root <one-shot verb> --version X                        one request, or none, on stdin
     onelxc-root version
-    onelxc-root check [USER]                                                           for people: what is missing here
+    onelxc-root check [USER]                                       for people: what is missing here
+    onelxc-root freeze|thaw one-<vm id>                            for lxc-freeze and lxc-unfreeze
+
+`--started` is when the caller began, in seconds since boot; `--wait` how long it waits for another action to end.
 
 Nothing of the caller's environment is used, and no code outside the directory that this package lies in.
 """
@@ -15,12 +18,16 @@ import json
 import os
 import re
 import sys
+from math import inf
 from typing import Any
 
-from onelxc import __version__, command
+from onelxc import __version__, command, names
 from onelxc.errors import HelperError, OneLxcError
+from onelxc.model import VmPaths
 from onelxc.root.verbs import ANY_VERSION, ONE_SHOT
 
+LOCK_S = 120.0
+"""How long an action waits for the one before it, unless its caller says."""
 _ACTION = re.compile(r"[a-z][a-z_]{1,30}")
 
 
@@ -36,6 +43,8 @@ def main(argv: list[str]) -> int:
         from onelxc.root import check
 
         return check.main(argv[1] if len(argv) > 1 else "")
+    if len(argv) == 2 and argv[0] in ("freeze", "thaw"):
+        return _hold_still(*argv)
     try:
         words, options = _parse(argv)
         if words[:1] not in ([verb] for verb in ANY_VERSION):
@@ -47,13 +56,42 @@ def main(argv: list[str]) -> int:
             from onelxc.root.session import Session
 
             vm_id, verb = _session_words(words)
-            return Session(vm_id, verb, policy).serve(_started(options))
+            return Session(vm_id, verb, policy, _number(options, "wait", LOCK_S)).serve(
+                _number(options, "started", inf)
+            )
         if os.getuid() != 0:
             raise HelperError("Cannot run the root helper: not root")
         return _one_shot(words, policy)
     except OneLxcError as error:
         _say({"error": str(error), "kind": type(error).__name__})
         return 1
+
+
+def _hold_still(verb: str, name: str) -> int:
+    """OpenNebula copies the disks of a running container: it stands still meanwhile, and is reported as running."""
+    from onelxc import config
+    from onelxc.root import freezer, lock
+    from onelxc.root.journal import Journal
+    from onelxc.root.work import Work
+
+    try:
+        vm_id = names.vm_id_of(name)
+        if vm_id is None or os.getuid() != 0:
+            raise HelperError(
+                f"Cannot {verb} {name!r}: " + ("not root" if vm_id is not None else "no container of ours")
+            )
+        policy = config.host()
+        held = lock.acquire(vm_id, verb, timeout_s=LOCK_S, log=lambda _text: None)
+        try:
+            work = Work(vm_id, verb, Journal(VmPaths(vm_id).journal, verb), policy, lambda _text: None)
+            function = freezer.verb_freeze if verb == "freeze" else freezer.verb_thaw
+            function(work, {"why": freezer.SNAPSHOT})
+        finally:
+            held.release()
+    except OneLxcError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _one_shot(words: list[str], policy: Any) -> int:
@@ -77,7 +115,7 @@ def _parse(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     options: dict[str, str] = {}
     rest = iter(argv)
     for word in rest:
-        if word in ("--version", "--started"):
+        if word in ("--version", "--started", "--wait"):
             options[word[2:]] = next(rest, "")
         elif word.startswith("-"):
             raise HelperError(f"Cannot run the root helper: unknown option {word!r}")
@@ -105,11 +143,13 @@ def _session_words(words: list[str]) -> tuple[int, str]:
     return int(words[1]), words[2]
 
 
-def _started(options: dict[str, str]) -> float:
+def _number(options: dict[str, str], name: str, default: float) -> float:
+    """An option's seconds; nan compares with nothing, so it is none."""
     try:
-        return float(options.get("started", "inf"))
+        value = float(options.get(name, default))
     except ValueError:
-        return float("inf")
+        return default
+    return value if value >= 0 else default
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -36,6 +36,23 @@ def loops_below(directory: str) -> tuple[str, ...]:
     return tuple(source for _, point, source in table if point in points and source.startswith("/dev/loop"))
 
 
+def mounted_devices(directory: str) -> tuple[tuple[str, str], ...]:
+    """(block device, mount point) of every mount below a directory, in our own namespace."""
+    prefix = directory.rstrip("/") + "/"
+    table = _table("/proc/self/mountinfo")
+    return tuple((source, point) for _, point, source in table if point.startswith(prefix) and source[:5] == "/dev/")
+
+
+def is_lost(device: str) -> bool:
+    """Whether the file behind a loop device has been deleted. An NFS client renames what is deleted while in use."""
+    try:
+        with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file", errors="surrogateescape") as file:
+            path = file.read().rstrip("\n")
+    except OSError:
+        return False
+    return path.endswith(" (deleted)") or bool(re.match(r"\.nfs[0-9a-f]{16,}", os.path.basename(path)))
+
+
 def users_of(point: str) -> tuple[str, ...]:
     """Processes with an open file, directory or program on the file system mounted at `point`: `bash (4711)`."""
     try:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onelxc.errors import GiveUpError, HelperError
-from onelxc.model import RUN, VmPaths
+from onelxc.model import VmPaths
 
 NEVER_INTERRUPTED = ("cancel", "release", "reap")
 """Verbs that only give things back: a cancel waits for them."""
@@ -130,7 +130,7 @@ def _is_at(fd: int, path: str) -> bool:
 
 
 def _mark_path(vm_id: int) -> str:
-    return os.path.join(RUN, "giveup", str(vm_id))
+    return f"{VmPaths(vm_id).lock}.cancelled"
 
 
 def mark_give_up(vm_id: int) -> None:
@@ -161,9 +161,9 @@ def check_give_up(vm_id: int, verb: str, started: float) -> None:
 
 def forget_old_marks(age_s: float = 3600) -> None:
     """Marks of cancels that no deploy can be older than any more."""
-    directory = os.path.join(RUN, "giveup")
+    directory = os.path.dirname(VmPaths(0).lock)
     try:
-        names = os.listdir(directory)
+        names = [name for name in os.listdir(directory) if name.endswith(".cancelled")]
     except FileNotFoundError:
         return
     for name in names:

@@ -32,7 +32,7 @@ def end(vm_id: int) -> None:
         if not running:
             break
         thaw(found)
-        controllers = {group.controller for group in found if _is_controller(group.controller)}
+        controllers = {group.controller for group in found if is_controller(group.controller)}
         inits = {child for controller in controllers for child in children(controller)}
         for pid in (running - controllers) | inits:
             kill(pid)
@@ -92,7 +92,8 @@ def children(pid: int) -> tuple[int, ...]:
         return ()
 
 
-def _is_controller(pid: int) -> bool:
+def is_controller(pid: int) -> bool:
+    """Whether the process is libvirt's for a container."""
     return comm(pid) == "libvirt_lxc"
 
 
@@ -118,39 +119,28 @@ def kill(pid: int) -> None:
         pass
 
 
-def libvirt_knows(vm_id: int) -> bool:
-    """Whether libvirt keeps anything of a domain of that name: a running one or one that ended while it was away."""
-    name = names.deploy_id(vm_id)
-    return any(os.path.exists(os.path.join(LIBVIRT_STATE, f"{name}.{suffix}")) for suffix in ("xml", "pid"))
-
-
 def _forget_domain(vm_id: int) -> None:
-    """Wait until libvirt has noticed that the container ended; what it never will is a zombie, which destroy removes.
+    """Free the name: wait until libvirt has noticed the end; a zombie, which it has no file of, goes by destroy.
 
     A libvirtd that does not run is no error: there is then nobody who could use the name either.
     """
     name = names.deploy_id(vm_id)
-    deadline = time.monotonic() + DEATH_S
     noticed = time.monotonic() + CONTROLLER_ENDS_S
-    while libvirt_knows(vm_id) and time.monotonic() < noticed:
+    while _has_state_file(name) and time.monotonic() < noticed:
         time.sleep(0.01)
-    while libvirt_knows(vm_id):
+    deadline = time.monotonic() + DEATH_S
+    while True:
         try:
             command.run([*VIRSH, "destroy", name], timeout_s=DEATH_S)
         except CommandError as error:
-            if "failed to connect" in str(error).lower():
+            text = str(error)
+            if "failed to get domain" in text or "failed to connect" in text:
                 return
-            # "domain is not running" is said while it is being removed
-            if time.monotonic() > deadline and libvirt_knows(vm_id) and not _gone_for_libvirt(name):
+            # "domain is not running" is how libvirt says that it has just removed the zombie
+            if time.monotonic() > deadline:
                 raise HypervisorError(f"Cannot end {name}: {error}") from error
-            if _gone_for_libvirt(name):
-                return
         time.sleep(0.02)
 
 
-def _gone_for_libvirt(name: str) -> bool:
-    try:
-        command.run([*VIRSH, "domstate", name], timeout_s=DEATH_S)
-    except CommandError as error:
-        return "no domain with matching name" in str(error)
-    return False
+def _has_state_file(name: str) -> bool:
+    return any(os.path.exists(os.path.join(LIBVIRT_STATE, f"{name}.{suffix}")) for suffix in ("xml", "pid"))

@@ -44,10 +44,11 @@ class Interrupted(BaseException):
 class Session:
     """One helper process, one VM, one action."""
 
-    def __init__(self, vm_id: int, verb: str, config: HostConfig) -> None:
+    def __init__(self, vm_id: int, verb: str, config: HostConfig, lock_timeout_s: float) -> None:
         self.vm_id = vm_id
         self.verb = verb
         self.config = config
+        self.lock_timeout_s = lock_timeout_s
         self._pid = os.getpid()
         self._given_up = ""
         self._caller_gone = False
@@ -127,8 +128,7 @@ class Session:
             self._busy = False
 
     def _open(self) -> lock.VmLock:
-        timeout_s = float(getattr(self.config, "lock_timeout_s", 120))
-        return lock.acquire(self.vm_id, self.verb, timeout_s=timeout_s, log=self._log)
+        return lock.acquire(self.vm_id, self.verb, timeout_s=self.lock_timeout_s, log=self._log)
 
     # the caller's pipe
 

@@ -12,11 +12,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "release": ("onelxc.root.release", "verb"),
     "prepare": ("onelxc.root.prepare", "verb"),
     "commit": ("onelxc.root.record", "commit"),
+    "freeze": ("onelxc.root.freezer", "verb_freeze"),
+    "thaw": ("onelxc.root.freezer", "verb_thaw"),
     "console": ("onelxc.root.consolelog", "verb"),
     "record": ("onelxc.root.record", "verb"),
 }
 
 ONE_SHOT: dict[str, tuple[str, str]] = {
+    "reap": ("onelxc.root.reap", "verb"),
     "check": ("onelxc.root.check", "verb"),
     "sample": ("onelxc.root.sample", "verb"),
 }

@@ -1,0 +1,117 @@
+"""How does a container stand still and go on? Its tasks by the freezer of its control group, its disks by a flush.
+
+libvirt cannot pause on cgroup v2, and on v1 it forgets when it is restarted that it has. So the helper does it, on
+both, and keeps the record: why a container stands still decides what OpenNebula is told of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from onelxc import names
+from onelxc.errors import HypervisorError, NoSuchDomainError
+from onelxc.root import cgroups, mounts, orphans, record, release
+from onelxc.root.work import Work
+
+SUSPEND, SNAPSHOT = "suspend", "snapshot"
+"""Why a container stands still: its user suspended it, or its disks are being copied."""
+LIMIT_S = 20.0
+
+
+def is_frozen(groups: Iterable[cgroups.Group]) -> bool:
+    """Whether the freezer holds the container, whoever asked for it."""
+    for group in groups:
+        if group.kind == "freezer" and _read(group, "freezer.state") in ("FROZEN", "FREEZING"):
+            return True
+        if not group.kind and "frozen 1" in _read(group, "cgroup.events").splitlines():
+            return True
+    return False
+
+
+def freeze(vm_id: int) -> None:
+    """Stop every task of the container. HypervisorError, with it going on, if some task does not stop."""
+    groups = _freezers(vm_id)
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        for group in groups:
+            cgroups.write(group.path, *(("freezer.state", "FROZEN") if group.kind else ("cgroup.freeze", "1")))
+        if all(_is_still(group) for group in groups):
+            return
+        if time.monotonic() > deadline:
+            orphans.thaw(groups)
+            raise HypervisorError(
+                f"Cannot suspend {names.deploy_id(vm_id)}: some process does not stop ({LIMIT_S:g} s)"
+            )
+        time.sleep(0.01)
+
+
+def thaw(vm_id: int) -> None:
+    """Let the container go on; one that runs already does."""
+    groups = _freezers(vm_id)
+    orphans.thaw(groups)
+    deadline = time.monotonic() + LIMIT_S
+    while is_frozen(groups):
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"Cannot resume {names.deploy_id(vm_id)}: its freezer does not let go")
+        time.sleep(0.01)
+
+
+def verb_freeze(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb `freeze`: `{"why": "suspend" | "snapshot"}`. Tasks stand still, and everything written is on disk."""
+    why = str(request.get("why", SUSPEND))
+    if why not in (SUSPEND, SNAPSHOT):
+        raise HypervisorError(f"Cannot suspend {names.deploy_id(work.vm_id)}: not a reason: {why!r}")
+    before = record.paused(work.vm_id)
+    # a suspended container whose disks are copied is a suspended one still
+    record.set_paused(work.vm_id, before or why)
+    try:
+        freeze(work.vm_id)
+        flush(work)
+    except BaseException:
+        if not before:
+            thaw(work.vm_id)
+            record.set_paused(work.vm_id, "")
+        raise
+    return {}
+
+
+def verb_thaw(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb `thaw`. With `{"why": "snapshot"}`, a container that its user suspended stays so."""
+    if request.get("why") == SNAPSHOT and record.paused(work.vm_id) == SUSPEND:
+        return {}
+    thaw(work.vm_id)
+    record.set_paused(work.vm_id, "")
+    return {}
+
+
+def flush(work: Work) -> None:
+    """Write all the VM's file systems out to their images."""
+    for point in mounts.mounted_below(work.paths.mounts):
+        release.flush(point)
+
+
+def _freezers(vm_id: int) -> tuple[cgroups.Group, ...]:
+    groups = tuple(group for group in cgroups.groups(vm_id) if group.kind in ("", "freezer"))
+    # beside v1 controllers, a cgroup2 mount holds no containers of libvirt's
+    if cgroups.version() == 1:
+        groups = tuple(group for group in groups if group.kind)
+    if not groups:
+        raise NoSuchDomainError(f"Cannot find {names.deploy_id(vm_id)}: no such container on this host")
+    return groups
+
+
+def _is_still(group: cgroups.Group) -> bool:
+    if group.kind:
+        return _read(group, "freezer.state") == "FROZEN"
+    return "frozen 1" in _read(group, "cgroup.events").splitlines()
+
+
+def _read(group: cgroups.Group, name: str) -> str:
+    try:
+        with open(os.path.join(group.path, name)) as file:
+            return file.read().strip()
+    except OSError:
+        return ""

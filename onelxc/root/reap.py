@@ -1,0 +1,125 @@
+"""How is each VM of ours, after what the dead ones still held has been given back? The one-shot verb `reap`.
+
+For the probes: OpenNebula may move or delete the disks of a VM the moment it reads that it is off, so nothing is
+reported off before it has been released. Looks at the kernel first (control groups, mounts); libvirt is asked only
+about a container that seems dead, since one that reboots is not there for half a second either, and libvirt answers
+when the reboot is over. Dead are:
+
+* containers that ended by themselves, crashed, or were running when the host went down;
+* what libvirt has lost: zombies, and processes whose controller has died;
+* containers whose root image was deleted under them: `onevm delete` of 3.2.1 sends no cancel after a poll that said
+  paused or failed;
+* what a killed helper had begun.
+
+VMs on which an action works just now are left to it. Containers that are not ours are not even looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from onelxc import names
+from onelxc.errors import HypervisorError, OneLxcError
+from onelxc.model import STATE, VmPaths
+from onelxc.root import cgroups, freezer, holders, lock, orphans, record, release
+from onelxc.root.journal import Journal
+from onelxc.root.work import Work
+
+if TYPE_CHECKING:
+    from onelxc.config import HostConfig
+
+RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
+
+
+def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+    """The verb: `{"vms": [{"id": 5, "state": "running" | "paused" | "off" | "busy", "error": …}]}`, by id.
+
+    "off" is said once: the VM is forgotten with it. `error` is why a dead VM cannot be released; it is "busy" then.
+    """
+    lock.forget_old_marks()
+    groups: dict[int, list[cgroups.Group]] = {}
+    for group in cgroups.groups():
+        groups.setdefault(group.vm_id, []).append(group)
+    lost = _with_lost_roots()
+    found = []
+    for vm_id in _ours():
+        try:
+            state = _look(vm_id, groups.get(vm_id, []), vm_id in lost, config, log)
+            found.append({"id": vm_id, "state": state})
+        except (OneLxcError, OSError) as error:
+            log(f"VM {vm_id}: {error}")
+            found.append({"id": vm_id, "state": BUSY, "error": str(error)})
+    return {"vms": found}
+
+
+def _ours() -> list[int]:
+    """Every VM with a state directory, or, if that was lost, with a place for mounts."""
+    try:
+        mounted = [int(name) for name in os.listdir(os.path.join(STATE, "mnt")) if name.isdigit()]
+    except FileNotFoundError:
+        mounted = []
+    return sorted({*record.vm_ids(), *mounted})
+
+
+def _look(vm_id: int, groups: list[cgroups.Group], lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
+    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record):
+        return _live_state(vm_id, groups)
+    return _settle(vm_id, lost, config, log)
+
+
+def _controlled(groups: list[cgroups.Group]) -> bool:
+    """Whether libvirt's process for the container lives, and has a child: the container's init."""
+    controllers = {group.controller for group in groups}
+    return any(orphans.is_controller(pid) and orphans.children(pid) for pid in controllers)
+
+
+def _live_state(vm_id: int, groups: list[cgroups.Group]) -> str:
+    """A container that is held still only while its disks are copied runs, to OpenNebula."""
+    if freezer.is_frozen(groups) and record.paused(vm_id) != freezer.SNAPSHOT:
+        return PAUSED
+    return RUNNING
+
+
+def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
+    """Under the lock, with nobody at work on the VM: release it if it is dead indeed."""
+    held = lock.try_acquire(vm_id, "reap")
+    if held is None:
+        return BUSY
+    journal = Journal(VmPaths(vm_id).journal, "reap")
+    work = Work(vm_id, "reap", journal, config, log)
+    try:
+        release.undo(work)  # what a killed helper left of an attach does not make the VM dead
+        groups = list(cgroups.groups(vm_id))
+        deployed = os.path.exists(work.paths.record) and not (lost and vm_id in _with_lost_roots())
+        if deployed and (_controlled(groups) or _libvirt_says_running(vm_id)):
+            return _live_state(vm_id, list(cgroups.groups(vm_id)))
+        log(f"releasing VM {vm_id}: " + ("its image was deleted" if lost else "it has ended"))
+        release.everything(work)
+        return OFF
+    finally:
+        journal.close()
+        held.release()
+
+
+def _libvirt_says_running(vm_id: int) -> bool:
+    """Libvirt's word, which comes when a reboot under way is over. A libvirtd that is away reboots nobody."""
+    from onelxc import hypervisor
+
+    try:
+        with hypervisor.Hypervisor() as libvirt:
+            domain = libvirt.find(names.deploy_id(vm_id))
+            return domain is not None and domain.state() is not hypervisor.State.ENDED
+    except HypervisorError:
+        return False
+
+
+def _with_lost_roots() -> set[int]:
+    """The VMs whose root image has been deleted while it is mounted; a disk that was attached later may go."""
+    found = set()
+    for device, point in holders.mounted_devices(os.path.join(STATE, "mnt")):
+        vm_id = os.path.basename(os.path.dirname(point))
+        if vm_id.isdigit() and point == VmPaths(int(vm_id)).root and holders.is_lost(device):
+            found.add(int(vm_id))
+    return found
