@@ -6,22 +6,44 @@ drops all values of that round. So a probe fails only where silence would be rea
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 from onelxc.errors import OneLxcError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
-def main(run: Callable[[], str]) -> int:
-    """Print what `run` gives; the exit code."""
+
+def main(run: Callable[[], str], *, action: str = "") -> NoReturn:
+    """Print what `run` gives, and end the process. `action` is the name of one that OpenNebula's driver calls: its
+    error goes to the user, in the form that the front-end wants.
+    """
     try:
         text = run()
     except OneLxcError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        _fail(str(error), action)
     except OSError as error:
-        sys.stderr.write(f"Cannot look at this host: {error.filename or 'system call'}: {error.strerror}\n")
-        return 1
+        _fail(f"Cannot look at this host: {error.filename or 'system call'}: {error.strerror}", action)
+    except Exception as error:  # a fault of our own is one line too
+        _fail(f"Cannot look at this host: internal error: {type(error).__name__}: {error}", action)
     sys.stdout.write(text)
     sys.stdout.flush()
-    return 0
+    # not by way of the interpreter's tear-down, some milliseconds of every few seconds
+    os._exit(0)
+
+
+def _fail(text: str, action: str) -> NoReturn:
+    from onelxc import config
+    from onelxc.report import Report
+
+    framed = False
+    if action:
+        try:
+            framed = config.front_end(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))).framed
+        except OneLxcError:
+            pass  # it is the other error that matters
+    Report(action, framed=framed).error(text)
+    os._exit(1)

@@ -16,7 +16,7 @@ def run() -> str:
     """
     number = sys.argv[-2] if len(sys.argv) > 3 else ""
     if not (number.isascii() and number.isdigit()):
-        raise OneLxcError("Cannot poll: no VM id in the arguments (DEPLOY_ID HOST ID HOST)")
+        raise OneLxcError("Cannot poll a VM: no VM id in the arguments (DEPLOY_ID HOST ID HOST)")
     vm_id = int(number)
     usage = _usage(vm_id)
     if usage is None:

@@ -13,11 +13,22 @@ DIRECTORY = "/srv/plain"
 
 
 class Plain:
-    """A privileged container of busybox in a directory; `script` is what its process 1, a shell, runs."""
+    """A privileged container of busybox in a directory; `script` is what its process 1, a shell, runs. With `disk_mb`
+    the directory is a file system of its own: that of the tests' machine is in memory, and knows no page cache.
+    """
 
-    def __init__(self, name: str, script: str, *, bridge: str = "", address: str = "", memory_kib: int = 65536) -> None:
+    def __init__(
+        self, name: str, script: str, *, bridge: str = "", address: str = "", memory_kib: int = 65536, disk_mb: int = 0
+    ) -> None:
         self.name = name
         self.root = os.path.join(DIRECTORY, name)
+        self.disk = ""
+        os.makedirs(self.root)
+        if disk_mb:
+            self.disk = f"{self.root}.img"
+            machine.command("truncate", "-s", f"{disk_mb}M", self.disk)
+            machine.command("mkfs.ext4", "-q", self.disk)
+            machine.command("mount", "-o", "loop", self.disk, self.root)
         for directory in ("bin", "proc", "sys", "dev", "tmp", ".oldroot"):
             os.makedirs(os.path.join(self.root, directory))
         shutil.copy("/bin/busybox", os.path.join(self.root, "bin"))
@@ -60,4 +71,7 @@ class Plain:
                 raise
         finally:
             connection.close()
+        if self.disk:
+            machine.command("umount", self.root)
+            os.unlink(self.disk)
         shutil.rmtree(self.root)
