@@ -4,8 +4,12 @@
 
 dry_run=no
 changes=0
-manifest=()  # what is installed now, an entry "<sha256, link or directory> <path>" each; directories only if we made them
-installed=() # the same of the last installation
+manifest=()          # what is installed now, an entry "<sha256, link or directory> <path>" each; directories if we made them
+installed=()         # the same of the last installation
+declare -A shipped=() # path: digest, "link" or "directory", of the last installation
+declare -A planned=() # directories that a dry run would have made
+declare -A digests=() # path: sha256, looked up by `look` for many files at once
+declare -A seen=()    # path: "owner:group mode", likewise
 
 die() {
     printf 'install.sh: %s\n' "$*" >&2
@@ -32,46 +36,44 @@ digest() { sha256sum <"$1" | cut -d' ' -f1; }
 owner_of() { stat -c %U:%G -- "$1" 2>/dev/null || :; }
 mode_of() { stat -c %a -- "$1" 2>/dev/null || :; }
 
-# put_owner PATH OWNER:GROUP MODE: only where they differ.
-put_owner() {
-    if [ "$(owner_of "$1")" != "$2" ]; then
-        if step "chown $2 $1"; then chown -h -- "$2" "$1"; fi
-    fi
-    if [ ! -L "$1" ] && [ "$(mode_of "$1")" != "$3" ]; then
-        if step "chmod $3 $1"; then chmod -- "$3" "$1"; fi
-    fi
+# look PATH...: digests, owners and modes of these files, as far as they are there, with two processes for all of them.
+look() {
+    local path rest paths=()
+    for path; do
+        if [ -f "$path" ]; then paths+=("$path"); fi
+    done
+    [ ${#paths[@]} -gt 0 ] || return 0
+    while read -r rest path; do digests[$path]=$rest; done < <(sha256sum -- "${paths[@]}")
+    while read -r rest path; do seen[$path]=$rest; done < <(stat -c '%U:%G,%a %n' -- "${paths[@]}")
 }
 
 # put_directory PATH OWNER:GROUP MODE: one that exists is left as it is, it may be somebody else's.
 put_directory() {
+    if [ -n "${planned[$1]:-}" ]; then return 0; fi
     if [ -d "$1" ] && [ ! -L "$1" ]; then
-        [ -z "$(shipped_digest "$1")" ] || manifest+=("directory $1")
+        [ -z "${shipped[$1]:-}" ] || manifest+=("directory $1")
         return 0
     fi
     manifest+=("directory $1")
     if [ -e "$1" ] || [ -L "$1" ]; then die "$1 is in the way: a directory belongs there"; fi
-    if step "create $1/"; then
-        mkdir -- "$1"
-        chmod -- "$3" "$1"
-        [ "$(owner_of "$1")" = "$2" ] || chown -- "$2" "$1"
-    fi
+    planned[$1]=yes
+    if step "create $1/"; then install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$1"; fi
 }
 
 # put_file SOURCE PATH OWNER:GROUP MODE: written beside and renamed, so that nobody ever reads half of it.
 put_file() {
     local verb=create
-    manifest+=("$(digest "$1") $2")
-    if [ -f "$2" ] && [ ! -L "$2" ] && cmp -s -- "$1" "$2"; then
-        put_owner "$2" "$3" "$4"
+    [ -n "${digests[$1]:-}" ] || look "$1" "$2"
+    manifest+=("${digests[$1]} $2")
+    if [ "${digests[$1]}" = "${digests[$2]:-}" ] && [ ! -L "$2" ]; then
+        if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then chown -- "$3" "$2"; fi
+        if [ "${seen[$2]#*,}" != "$4" ] && step "chmod $4 $2"; then chmod -- "$4" "$2"; fi
         return 0
     fi
     [ ! -d "$2" ] || die "$2 is in the way: a file belongs there"
     if [ -e "$2" ] || [ -L "$2" ]; then verb=update; fi
     if step "$verb $2"; then
-        rm -f -- "$2.onelxc-new"
-        (umask 077 && cat -- "$1" >"$2.onelxc-new")
-        [ "$(owner_of "$2.onelxc-new")" = "$3" ] || chown -- "$3" "$2.onelxc-new"
-        chmod -- "$4" "$2.onelxc-new"
+        install -o "${3%:*}" -g "${3#*:}" -m "$4" -T -- "$1" "$2.onelxc-new"
         mv -fT -- "$2.onelxc-new" "$2"
     fi
 }
@@ -82,14 +84,16 @@ put_text() {
     file=$(mktemp)
     printf '%s\n' "$1" >"$file"
     put_file "$file" "$2" "$3" "$4"
+    unset "digests[$file]"
     rm -f -- "$file"
 }
 
-# put_configuration SOURCE PATH OWNER:GROUP MODE SHIPPED: a file that the operator edits. SHIPPED is the digest of what
-# was installed last time ("" the first time): a file that still has it is replaced, an edited one is kept.
+# put_configuration SOURCE PATH OWNER:GROUP MODE: a file that the operator edits. One that still is what the last
+# installation put there is replaced, an edited one is kept.
 put_configuration() {
-    if [ -e "$2" ] && ! cmp -s -- "$1" "$2" && [ "$(digest "$2")" != "$5" ]; then
-        manifest+=("${5:-$(digest "$1")} $2")
+    look "$1" "$2"
+    if [ -e "$2" ] && [ "${digests[$2]:-}" != "${digests[$1]}" ] && [ "${digests[$2]:-}" != "${shipped[$2]:-}" ]; then
+        manifest+=("${shipped[$2]:-${digests[$1]}} $2")
         say "kept $2, which was edited (this version's own is $1)"
         return 0
     fi
@@ -100,10 +104,10 @@ put_configuration() {
 put_link() {
     manifest+=("link $2")
     if [ -L "$2" ] && [ "$(readlink -- "$2")" = "$1" ]; then
-        [ "$(owner_of "$2")" = "$3" ] || { if step "chown $3 $2"; then chown -h -- "$3" "$2"; fi; }
+        if [ "$(owner_of "$2")" != "$3" ] && step "chown $3 $2"; then chown -h -- "$3" "$2"; fi
         return 0
     fi
-    [ ! -d "$2" ] || [ -L "$2" ] || die "$2 is in the way: a link to $1 belongs there"
+    if [ -d "$2" ] && [ ! -L "$2" ]; then die "$2 is in the way: a link to $1 belongs there"; fi
     if step "link $2 -> $1"; then
         ln -sfnT -- "$1" "$2"
         [ "$(owner_of "$2")" = "$3" ] || chown -h -- "$3" "$2"
@@ -113,9 +117,11 @@ put_link() {
 # put_tree SOURCE PATH OWNER:GROUP DIRECTORY-MODE FILE-MODE EXECUTABLE-MODE: the files below SOURCE, without what
 # Python leaves beside them.
 put_tree() {
-    local name mode
+    local name mode names=()
+    mapfile -d '' names < <(cd "$1" && find . -mindepth 1 -name __pycache__ -prune -o ! -name '*.pyc' -printf '%P\0' | sort -z)
+    look "${names[@]/#/"$1/"}" "${names[@]/#/"$2/"}"
     put_directory "$2" "$3" "$4"
-    while IFS= read -r -d '' name; do
+    for name in "${names[@]}"; do
         if [ -d "$1/$name" ]; then
             put_directory "$2/$name" "$3" "$4"
         else
@@ -123,7 +129,7 @@ put_tree() {
             [ ! -x "$1/$name" ] || mode=$6
             put_file "$1/$name" "$2/$name" "$3" "$mode"
         fi
-    done < <(cd "$1" && find . -mindepth 1 -name __pycache__ -prune -o \( -type d -o -type f -o -type l \) ! -name '*.pyc' -printf '%P\0' | sort -z)
+    done
 }
 
 drop_file() {
@@ -145,31 +151,24 @@ drop_directory() {
     fi
 }
 
-# read_manifest FILE: into the array `installed`, newest first when removing.
-read_manifest() {
-    installed=()
-    if [ -f "$1" ]; then mapfile -t installed <"$1"; fi
-}
-
-# shipped_digest PATH: what the last installation put there, nothing if it did not.
-shipped_digest() {
-    local line
-    for line in "${installed[@]}"; do
-        [ "${line#* }" != "$1" ] || printf '%s' "${line%% *}"
-    done
+# remember ENTRY...: these are what the last installation put.
+remember() {
+    local entry
+    installed=("$@")
+    for entry; do shipped[${entry#* }]=${entry%% *}; done
 }
 
 # drop_stale: what the last installation put and this one no longer has.
 drop_stale() {
-    local line now
-    now=$(printf '%s\n' "${manifest[@]#* }")
+    local entry i
+    local -A now=()
+    for entry in "${manifest[@]}"; do now[${entry#* }]=yes; done
     for ((i = ${#installed[@]} - 1; i >= 0; i--)); do
-        line=${installed[i]}
-        grep -qxF -- "${line#* }" <<<"$now" || drop_entry "$line"
+        [ -n "${now[${installed[i]#* }]:-}" ] || drop_entry "${installed[i]}"
     done
 }
 
-# drop_entry MANIFEST-LINE
+# drop_entry MANIFEST-ENTRY
 drop_entry() {
     case ${1%% *} in
         directory) drop_directory "${1#* }" ;;

@@ -56,8 +56,7 @@ install_pull() {
     put_directory "$etc/vmm_exec" "$(owner_of "$etc")" "$(mode_of "$etc")"
     local conf=$etc/vmm_exec/vmm_exec_lxc.conf sibling=$etc/vmm_exec/vmm_exec_kvm.conf
     [ -f "$sibling" ] || sibling=$etc/oned.conf
-    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sibling")" "$(mode_of "$sibling")" \
-        "$(shipped_digest "$conf")"
+    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sibling")" "$(mode_of "$sibling")"
     put_remote_tree "$bundle/remotes/vmm/lxc" "$remotes/vmm/lxc"
     # oned 3.2 does not merge these defaults into the deployment file of TYPE="xml", so the file itself has to reach the
     # hosts: scp -r follows the link and copies what the operator wrote.
@@ -143,16 +142,16 @@ refuse_without_rights() {
 # Kept with @remotes@ and @etc@ for the two roots, so that a moved installation still finds its files. Whoever owns the
 # remotes can write it, and root reads it: nothing outside of the two roots is believed.
 read_frontend_manifest() {
-    local line lines=()
-    installed=()
+    local line lines=() ours=()
     if [ -f "$frontend_manifest" ]; then mapfile -t lines <"$frontend_manifest"; fi
     for line in "${lines[@]}"; do
         case $line in
             */../* | */..) ;;
-            *' @remotes@/'?*) installed+=("${line%% *} $remotes/${line#* @remotes@/}") ;;
-            *' @etc@/'?*) installed+=("${line%% *} $etc/${line#* @etc@/}") ;;
+            *' @remotes@/'?*) ours+=("${line%% *} $remotes/${line#* @remotes@/}") ;;
+            *' @etc@/'?*) ours+=("${line%% *} $etc/${line#* @etc@/}") ;;
         esac
     done
+    remember "${ours[@]}"
 }
 
 write_frontend_manifest() {

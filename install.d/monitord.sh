@@ -25,7 +25,7 @@ install_monitord() {
         set_aside vmm/lxc
         set_aside im/lxc-probes.d
     fi
-    if [ "$driver" != lxc ] || [ ! -d "$remotes/im/lxc.d" ] || [ -n "$(shipped_digest "$remotes/im/lxc.d")" ]; then
+    if [ "$driver" != lxc ] || [ ! -d "$remotes/im/lxc.d" ] || [ -n "${shipped[$remotes/im/lxc.d]:-}" ]; then
         put_tree "$remotes/im/$stock.d" "$remotes/im/$driver.d" "$data_files" "$directory_mode" "$data_mode" "$executable_mode"
     fi
     put_remote_tree "$bundle/remotes/vmm/lxc" "$remotes/vmm/$driver"
@@ -52,13 +52,12 @@ install_monitord() {
     for directory in etc etc/vmm "etc/vmm/$driver" etc/im "etc/im/$driver-probes.d"; do
         put_directory "$remotes/$directory" "$data_files" "$directory_mode"
     done
-    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")" \
-        "$(shipped_digest "$conf")"
+    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")"
     # pci.rb looks for its filter under the name of the directory that it lies in, and fails the host without it
     sample=$remotes/etc/im/$stock-probes.d/pci.conf
     conf=$remotes/etc/im/$driver-probes.d/pci.conf
-    if [ -f "$sample" ] && { [ "$driver" != lxc ] || [ ! -e "$conf" ] || [ -n "$(shipped_digest "$conf")" ]; }; then
-        put_configuration "$sample" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")" "$(shipped_digest "$conf")"
+    if [ -f "$sample" ] && { [ "$driver" != lxc ] || [ ! -e "$conf" ] || [ -n "${shipped[$conf]:-}" ]; }; then
+        put_configuration "$sample" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")"
     fi
 }
 
@@ -71,7 +70,7 @@ set_aside() {
     [ ! -L "$remotes/$1" ] || die "$remotes/$1 is a link: --replace does not know what it stands for"
     while IFS= read -r -d '' name; do
         path=$remotes/$1/$name
-        [ "$(digest_or_link "$path")" != "$(shipped_digest "$path")" ] || continue
+        [ "$(digest_or_link "$path")" != "${shipped[$path]:-}" ] || continue
         if step "set aside $path"; then
             mkdir -p -- "$(dirname -- "$backup/$1/$name")"
             mv -fT -- "$path" "$backup/$1/$name"

@@ -19,7 +19,7 @@ useful_packages=(zstd lz4 qemu-utils xorriso squashfs-tools xfsprogs btrfs-progs
 node_install() {
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node has to be run as root, on the host: sudo ./install.sh node"
     say "OneLXC $(bundle_version) on host $(uname -n)"
-    read_manifest "$node_manifest"
+    read_node_manifest
     if [ "$1" = yes ]; then install_packages "${needed_packages[@]}" "${useful_packages[@]}"; fi
     put_user_into_group
     put_helper
@@ -33,6 +33,12 @@ node_install() {
     put_text "$text" "$node_manifest" root:root 644
     [ "$changes" -gt 0 ] || say "Everything is in place already."
     if [ "$dry_run" = no ]; then check_host; fi
+}
+
+read_node_manifest() {
+    local entries=()
+    if [ -f "$node_manifest" ]; then mapfile -t entries <"$node_manifest"; fi
+    remember "${entries[@]}"
 }
 
 # install_packages NAME...: those that are missing
@@ -88,7 +94,7 @@ put_helper() {
 put_policy() {
     put_directory /etc/onelxc root:root 755
     put_directory /etc/onelxc/profiles root:root 755
-    put_configuration "$bundle/etc/host.conf" /etc/onelxc/host.conf root:root 644 "$(shipped_digest /etc/onelxc/host.conf)"
+    put_configuration "$bundle/etc/host.conf" /etc/onelxc/host.conf root:root 644
     put_file "$bundle/etc/profiles-README" /etc/onelxc/profiles/README root:root 644
 }
 
@@ -187,7 +193,7 @@ node_uninstall() {
     [ -z "$running" ] || die "containers run on this host: ${running% }; end them or migrate them first"
     running=$(awk -v under="$state/" 'index($2, under) == 1 { print $2 }' /proc/mounts | head -n 1)
     [ -z "$running" ] || die "$running is still mounted: run onelxc-root reap, and look at its answer"
-    read_manifest "$node_manifest"
+    read_node_manifest
     if [ -d /run/systemd/system ] && step "stop onelxc-hub.service"; then
         systemctl -q disable --now onelxc-hub.service 2>/dev/null || :
     elif [ "$dry_run" = no ] && [ -s /run/onelxc/hub.pid ]; then
