@@ -38,6 +38,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _CLOEXEC = 1
+_OPENAT2_TRIES = 1000
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 1, 38, 24, 47
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -98,6 +99,12 @@ def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = RE
     """Open `path` below `dir_fd`, by default as if `dir_fd` were the file system's root. Gives a descriptor."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
+    for _ in range(_OPENAT2_TRIES):
+        try:
+            return _syscall(_NR_OPENAT2, path, _int(dir_fd), _path(path), ctypes.byref(how), size)
+        except BlockingIOError:
+            # a mount or rename anywhere on the host, just now: the kernel cannot tell whether a ".." stayed below
+            continue
     return _syscall(_NR_OPENAT2, path, _int(dir_fd), _path(path), ctypes.byref(how), size)
 
 
