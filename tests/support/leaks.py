@@ -14,7 +14,14 @@ from tests.support import machine
 from tests.support.waiting import wait_until
 
 WATCHED = ("/var/lib/one", "/var/lib/onelxc", "/run/onelxc", "/var/tmp")
-STAY = ("/var/lib/onelxc/cache", "/run/onelxc/lock", "/run/onelxc/giveup", "/run/onelxc/hub", "/var/tmp/one")
+STAY = (
+    "/var/lib/onelxc/cache",
+    "/run/onelxc/lock",
+    "/run/onelxc/giveup",
+    "/run/onelxc/hub",
+    "/run/onelxc/console",
+    "/var/tmp/one",
+)
 PROCESSES_STAY = ("libvirtd", "onelxc-hub", "hub_daemon")
 
 
