@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import time
 from collections.abc import Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,7 +25,6 @@ MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_NOATIME = 0x1, 0x2, 0x4, 0x8, 0x10
 ATTR_IDMAP = 0x00100000
-_OPENAT2_ATTEMPTS = 500
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
@@ -98,14 +96,9 @@ def _path(path: str) -> ctypes.c_char_p:
 
 
 def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = RESOLVE_IN_ROOT) -> int:
-    """Open `path` below `dir_fd`, by default as if `dir_fd` were the file system's root. Gives a descriptor.
-
-    The kernel cannot tell whether `..` stays inside while anything on the host is being renamed or mounted, and says
-    EAGAIN (openat2(2)): asked again, since on a busy host that is the rule and not an attack.
-    """
+    """Open `path` below `dir_fd`, by default as if `dir_fd` were the file system's root. Gives a descriptor."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
-<<<<<<< HEAD
     for _ in range(_OPENAT2_TRIES):
         try:
             return _syscall(_NR_OPENAT2, path, _int(dir_fd), _path(path), ctypes.byref(how), size)
@@ -113,17 +106,6 @@ def openat2(dir_fd: int, path: str, flags: int, mode: int = 0, resolve: int = RE
             # a mount or rename anywhere on the host, just now: the kernel cannot tell whether a ".." stayed below
             continue
     return _syscall(_NR_OPENAT2, path, _int(dir_fd), _path(path), ctypes.byref(how), size)
-=======
-    attempt = 0
-    while True:
-        try:
-            return _syscall(_NR_OPENAT2, path, _int(dir_fd), _path(path), ctypes.byref(how), size)
-        except OSError as error:
-            attempt += 1
-            if error.errno != errno.EAGAIN or attempt == _OPENAT2_ATTEMPTS:
-                raise
-            time.sleep(0.001 * min(attempt, 20))
->>>>>>> ca59409 (openat2 within a root is asked again when the kernel cannot tell: on a busy host it says EAGAIN)
 
 
 def open_tree(path: str, *, dir_fd: int = AT_FDCWD, clone: bool = True, recursive: bool = False) -> int:
