@@ -40,7 +40,7 @@ demo_prepare() {
     fi
     if [ ! -e "$node_manifest" ]; then
         made_host=yes
-        quietly node_install no
+        quietly env ONEADMIN="$user" "$bundle/install.sh" node --no-packages
         say "host: the root helper, sudo's line and libvirt's settings are in place, for the while"
     elif [ "$made_user" = yes ]; then
         put_user_into_group >/dev/null
@@ -108,8 +108,8 @@ demo_run() {
     demo_leftovers
 }
 
-# as_oned TITLE EXECUTABLE STDIN-FILE ARGUMENT...: over `bash -s`, with nothing of our environment, as ssh gives it. A
-# directory of probes is run as run_probes does.
+# as_oned TITLE EXECUTABLE STDIN-FILE ARGUMENT...: as the user, through a shell, with the environment that ssh gives and
+# nothing of ours. A directory of probes is run as OpenNebula's run_probes does.
 as_oned() {
     local title=$1 path=$remotes/$2 stdin=${3:-/dev/null} script began output ended shown
     shift 3
@@ -174,15 +174,14 @@ demo_leftovers() {
     say "Nothing is left of it: no domain, no mount, no loop device."
 }
 
+# quietly COMMAND...: its output only if it fails.
 quietly() {
-    local log
+    local log code=0
     log=$(mktemp)
-    if ! (set -e && "$@") >"$log" 2>&1; then
-        cat -- "$log" >&2
-        rm -f -- "$log"
-        exit 1
-    fi
+    "$@" >"$log" 2>&1 || code=$?
+    [ "$code" -eq 0 ] || cat -- "$log" >&2
     rm -f -- "$log"
+    [ "$code" -eq 0 ] || exit "$code"
 }
 
 demo_clean_up() {
@@ -195,7 +194,9 @@ demo_clean_up() {
     [ -z "$base" ] || rm -rf --one-file-system -- "$base"
     [ -z "${made_datastore:-}" ] || rmdir -p --ignore-fail-on-non-empty -- "$made_datastore" 2>/dev/null
     rm -f /etc/sudoers.d/onelxc-demo /etc/sudoers.d/onelxc-demo.new
-    if [ "$made_host" = yes ] && [ -e "$node_manifest" ]; then (node_uninstall) >/dev/null; fi
+    if [ "$made_host" = yes ] && [ -e "$node_manifest" ]; then
+        quietly env ONEADMIN="$user" "$bundle/install.sh" node --uninstall
+    fi
     if [ "$made_user" = yes ]; then userdel "$user" >/dev/null 2>&1; fi
     exit "$code"
 }

@@ -9,6 +9,7 @@ installed=()         # the same of the last installation
 declare -A shipped=() # path: digest, "link" or "directory", of the last installation
 declare -A planned=() # directories that a dry run would have made
 declare -A digests=() # path: sha256, looked up by `look` for many files at once
+declare -A looked=()  # path: "yes", after look
 declare -A seen=()    # path: "owner:group mode", likewise
 
 die() {
@@ -40,6 +41,7 @@ mode_of() { stat -c %a -- "$1" 2>/dev/null || :; }
 look() {
     local path rest paths=()
     for path; do
+        looked[$path]=yes
         if [ -f "$path" ]; then paths+=("$path"); fi
     done
     [ ${#paths[@]} -gt 0 ] || return 0
@@ -63,7 +65,7 @@ put_directory() {
 # put_file SOURCE PATH OWNER:GROUP MODE: written beside and renamed, so that nobody ever reads half of it.
 put_file() {
     local verb=create
-    [ -n "${digests[$1]:-}" ] || look "$1" "$2"
+    if [ -z "${looked[$1]:-}" ] || [ -z "${looked[$2]:-}" ]; then look "$1" "$2"; fi
     manifest+=("${digests[$1]} $2")
     if [ "${digests[$1]}" = "${digests[$2]:-}" ] && [ ! -L "$2" ]; then
         if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then chown -- "$3" "$2"; fi
@@ -84,7 +86,7 @@ put_text() {
     file=$(mktemp)
     printf '%s\n' "$1" >"$file"
     put_file "$file" "$2" "$3" "$4"
-    unset "digests[$file]"
+    unset "looked[$file]"
     rm -f -- "$file"
 }
 

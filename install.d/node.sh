@@ -64,8 +64,13 @@ install_packages() {
 has_package() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 apt_get() {
-    DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 \
-        -y --no-install-recommends "$@" </dev/null >&2
+    local log code=0
+    log=$(mktemp)
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+        -o Acquire::Retries=3 "$@" </dev/null >"$log" 2>&1 || code=$?
+    [ "$code" -eq 0 ] || tail -n 20 -- "$log" >&2
+    rm -f -- "$log"
+    return "$code"
 }
 
 # Whoever is in group libvirt may use libvirt (Debian's polkit rule, or libvirtd.conf).
@@ -216,7 +221,10 @@ node_uninstall() {
     drop_file "$node_manifest"
     drop_directory "$library"
     for path in "$state" /run/onelxc /var/log/onelxc; do
-        if [ -d "$path" ] && step "remove $path/"; then rm -rf --one-file-system -- "$path"; fi
+        if [ -d "$path" ] && step "remove $path/"; then
+            find "$path" -xdev -mindepth 1 -delete
+            rmdir -- "$path" 2>/dev/null || say "left $path/, which is a mount point"
+        fi
     done
     if [ -d /run/systemd/system ] && [ "$dry_run" = no ]; then systemctl daemon-reload; fi
     for path in "${kept[@]}"; do say "kept $path, which was edited"; done
