@@ -4,6 +4,7 @@
     onelxc-root <one-shot verb> --version X                        one request, or none, on stdin
     onelxc-root version
     onelxc-root check [USER]                                       for people: what is missing here
+    onelxc-root cache list|empty                                   for people: imported images
     onelxc-root freeze|thaw one-<vm id>                            for lxc-freeze and lxc-unfreeze
 
 `--started` is when the caller began, in seconds since boot; `--wait` how long it waits for another action to end.
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> int:
         return check.main(argv[1] if len(argv) > 1 else "")
     if len(argv) == 2 and argv[0] in ("freeze", "thaw"):
         return _hold_still(*argv)
+    if argv[:1] == ["cache"]:
+        return _cache(argv[1:])
     try:
         words, options = _parse(argv)
         if words[:1] not in ([verb] for verb in ANY_VERSION):
@@ -92,6 +95,20 @@ def _hold_still(verb: str, name: str) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _cache(words: list[str]) -> int:
+    """The import cache, for people. To empty it costs time at most, so that oneadmin may as well."""
+    from onelxc import config
+    from onelxc.root import cache
+
+    try:
+        policy = config.host()
+        print(cache.main(words, policy.cache_path, policy.cache_max_mb))
+        return 0
+    except OneLxcError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def _one_shot(words: list[str], policy: Any) -> int:

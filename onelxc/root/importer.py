@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from onelxc import command
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.root import archive as archives
-from onelxc.root import filesystems, jail, loops, rootfs, syscalls
+from onelxc.root import cache as caches
+from onelxc.root import copies, filesystems, jail, layout, loops, rootfs, syscalls
 
 Log = Callable[[str], None]
 
@@ -77,12 +79,12 @@ def import_archive(
     log: Log,
     abort: Callable[[], None],
     limits: Limits = Limits(),
-    on_chunk: Callable[[bytes], None] | None = None,
+    cache: caches.Cache | None = None,
 ) -> bool:
     """Turn the archive `name` (a regular file in the directory `dir_fd`) into an image; False if it is no archive.
 
     `size_mb` is DISK/SIZE, `init` the init that a root file system must hold (None for a data disk). `abort` is called
-    several times a second and ends the import by raising. `on_chunk` sees the archive's bytes as they are read.
+    several times a second and ends the import by raising. `cache` may know the archive, and learns it if not.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd)
     dir_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)  # an O_PATH one takes no fsync
@@ -93,7 +95,7 @@ def import_archive(
             archive = archives.detect(fd)
             if archive is None:
                 return False
-            _Import(dir_fd, name, fd, archive, size_mb, init, log, abort, limits, on_chunk).run()
+            _Import(dir_fd, name, fd, archive, size_mb, init, log, abort, limits, cache).run()
         except (StorageError, CommandError) as error:
             text = str(error)
             raise StorageError(text if text.startswith("Cannot ") else f"Cannot import {name}: {text}") from error
@@ -120,9 +122,12 @@ class _Import:
     log: Log
     abort: Callable[[], None]
     limits: Limits
-    on_chunk: Callable[[bytes], None] | None
+    cache: caches.Cache | None
+    sha256: str = ""
 
     def run(self) -> None:
+        if self._from_cache():
+            return
         began = time.monotonic()
         wanted = (self.size_mb or 0) * _MIB
         largest = self._largest(wanted)
@@ -135,6 +140,9 @@ class _Import:
             try:
                 content = self._fill(image, size)
                 final = self._fit(image, size, max(wanted, content + content // 8 + _SLACK))
+                if self.cache is not None:
+                    sha256 = self.sha256 or caches.digest(self.fd, self.archive.end, self.abort)
+                    self.cache.add(self.archive.end, sha256, image, self.size_mb or 0, self.abort)
                 self._replace(image)
             except _TooSmall:
                 continue
@@ -146,6 +154,33 @@ class _Import:
             )
             return
         raise StorageError(self._beyond(largest, None))
+
+    def _from_cache(self) -> bool:
+        """Start from the image of an earlier import, if there is one. Its trouble is not the deploy's."""
+        if self.cache is None or not self.cache.may_hold(self.archive.end):
+            return False
+        began = time.monotonic()
+        found = self.cache.find(
+            self.archive.end, caches.digest(self.fd, self.archive.end, self.abort), self.size_mb or 0
+        )
+        if found is None:
+            self.log("import cache: miss")
+            return False
+        image = -1
+        try:
+            image = self._temporary()
+            shared = copies.copy(found, image, self.abort)
+            self._replace(image)
+        except (OSError, StorageError) as error:
+            self.log(f"import cache: a hit that could not be used: {error}")
+            return False
+        finally:
+            os.close(found)
+            if image >= 0:
+                os.close(image)
+        how = "shared" if shared else "copied"
+        self.log(f"import cache: hit, {self.name} {how} in {time.monotonic() - began:.1f} s")
+        return True
 
     def _estimate(self) -> int:
         """An image's size that holds the content in most cases: tar's blocks are smaller than ext4's."""
@@ -194,7 +229,7 @@ class _Import:
             with contextlib.suppress(OSError):
                 os.rmdir("lost+found", dir_fd=mount_fd)
             self._unpack(mount_fd)
-            hoist(mount_fd)
+            layout.hoist(mount_fd)
             if self.init is not None:
                 rootfs.find_init(mount_fd, self.init)
             self._write_out(mount_fd)
@@ -241,15 +276,17 @@ class _Import:
             raise StorageError("the archive is truncated: it has no end-of-archive mark")
 
     def _chunks(self) -> Iterator[bytes]:
+        sha = hashlib.sha256()
         position = 0
         while position < self.archive.end:
             chunk = os.pread(self.fd, min(_CHUNK, self.archive.end - position), position)
             if not chunk:
                 return
             position += len(chunk)
-            if self.on_chunk:
-                self.on_chunk(chunk)
+            if self.cache is not None:
+                sha.update(chunk)
             yield chunk
+        self.sha256 = sha.hexdigest()
 
     def _fit(self, image: int, size: int, wanted: int) -> int:
         """Cut an image that came out much larger than anyone asked for; OpenNebula 3.2.1 copies every byte of it."""
@@ -296,59 +333,6 @@ def temporary_name(path: str) -> str:
     return os.path.join(os.path.dirname(path), f".onelxc-{os.path.basename(path)}.{os.getpid()}")
 
 
-def hoist(mount_fd: int) -> None:
-    """Lift the content of `rootfs/` to the top where that holds the root (LXD images, exports with a config).
-
-    Only where the top level is not a root file system itself. Single names relative to descriptors, none followed.
-    """
-    top = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        names = set(os.listdir(top))
-        if "rootfs" not in names or names & {"etc", "usr", "bin", "sbin", "lib"}:
-            return
-        status = os.stat("rootfs", dir_fd=top, follow_symlinks=False)
-        if not stat.S_ISDIR(status.st_mode):
-            return
-        away = ".onelxc-root"
-        os.rename("rootfs", away, src_dir_fd=top, dst_dir_fd=top)
-        inner = os.open(away, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-        try:
-            for name in names - {"rootfs"}:
-                _remove(top, name)
-            for name in os.listdir(inner):
-                os.rename(name, name, src_dir_fd=inner, dst_dir_fd=top)
-            for attribute in os.listxattr(inner):
-                with contextlib.suppress(OSError):
-                    os.setxattr(top, attribute, os.getxattr(inner, attribute))
-        finally:
-            os.close(inner)
-        os.rmdir(away, dir_fd=top)
-        os.fchown(top, status.st_uid, status.st_gid)
-        os.fchmod(top, stat.S_IMODE(status.st_mode))
-        os.utime(top, ns=(status.st_atime_ns, status.st_mtime_ns))
-    finally:
-        os.close(top)
-
-
-def _remove(dir_fd: int, name: str) -> None:
-    """Remove a name and all below it, following nothing."""
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-        return
-    except IsADirectoryError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
-            raise
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
-    try:
-        for below in os.listdir(fd):
-            _remove(fd, below)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=dir_fd)
-
-
 def _make_ext4(image: int) -> None:
     argv = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "8192", "-m", "0", "-O", _FEATURES]
     argv += ["-E", "lazy_itable_init=1,lazy_journal_init=1,discard", f"/proc/self/fd/{image}"]
@@ -378,4 +362,4 @@ def _round(size: int) -> int:
     return (size + _MIB - 1) // _MIB * _MIB
 
 
-__all__ = ["Limits", "OneLxcError", "hoist", "import_archive"]
+__all__ = ["Limits", "OneLxcError", "import_archive"]

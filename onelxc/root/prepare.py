@@ -16,6 +16,7 @@ from onelxc import model
 from onelxc.errors import ConfigurationError, StorageError
 from onelxc.model import Disk, Init, IoLimits, Mount, Prepared, Vm
 from onelxc.root import (
+    cache,
     cgroups,
     consolelog,
     context,
@@ -137,6 +138,7 @@ def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> 
         log=work.log,
         abort=_carry_on,
         limits=importer.Limits(seconds=work.config.import_timeout_s),
+        cache=cache.Cache(work.config.cache_path, work.config.cache_max_mb, work.log),
     )
     work.journal.gave_back(taken)
     if imported:

@@ -1,0 +1,66 @@
+"""Where in an archive is the root file system? At the top, or below `rootfs/` beside what describes an image.
+
+Looks at what has been unpacked and moves it; knows nothing of tar or disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from onelxc.root import syscalls
+
+
+def hoist(mount_fd: int) -> None:
+    """Lift the content of `rootfs/` to the top where that holds the root (LXD images, exports with a config).
+
+    Only where the top level is not a root file system itself. Single names relative to descriptors, none followed.
+    """
+    top = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        names = set(os.listdir(top))
+        if "rootfs" not in names or names & {"etc", "usr", "bin", "sbin", "lib"}:
+            return
+        status = os.stat("rootfs", dir_fd=top, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
+            return
+        away = ".onelxc-root"
+        os.rename("rootfs", away, src_dir_fd=top, dst_dir_fd=top)
+        inner = os.open(away, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        try:
+            for name in names - {"rootfs"}:
+                _remove(top, name)
+            for name in os.listdir(inner):
+                os.rename(name, name, src_dir_fd=inner, dst_dir_fd=top)
+            for attribute in os.listxattr(inner):
+                with contextlib.suppress(OSError):
+                    os.setxattr(top, attribute, os.getxattr(inner, attribute))
+        finally:
+            os.close(inner)
+        os.rmdir(away, dir_fd=top)
+        os.fchown(top, status.st_uid, status.st_gid)
+        os.fchmod(top, stat.S_IMODE(status.st_mode))
+        os.utime(top, ns=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(top)
+
+
+def _remove(dir_fd: int, name: str) -> None:
+    """Remove a name and all below it, following nothing."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+        return
+    except IsADirectoryError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    try:
+        for below in os.listdir(fd):
+            _remove(fd, below)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=dir_fd)
