@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 
 CACHE = "/var/cache/onelxc-tests"
-VERSION = 4
+VERSION = 5
 """To be raised when a recipe changes."""
 
 INITTAB = """\
@@ -53,12 +53,11 @@ END
 mkdir -p "$1/etc/systemd/system/multi-user.target.wants"
 ln -s ../boots.service "$1/etc/systemd/system/multi-user.target.wants/boots.service"
 """,
-    # getty has no terminal of its own in a container: it would end and be started again for ever
+    # getty has no terminal of its own in a container: it would end and be started again for ever. Not as a script of a
+    # runlevel: startpar runs only those that its own list of dependencies knows
     "sysvinit": """\
-printf '#!/bin/sh\\necho boot >> /boots\\n' > "$1/etc/init.d/boots"
-chmod 755 "$1/etc/init.d/boots"
-for level in 2 3 4 5; do mkdir -p "$1/etc/rc$level.d"; ln -sf ../init.d/boots "$1/etc/rc$level.d/S01boots"; done
 sed -i /getty/d "$1/etc/inittab"
+echo 'bo:2345:once:/bin/sh -c "echo boot >> /boots"' >> "$1/etc/inittab"
 """,
 }
 
