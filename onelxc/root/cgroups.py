@@ -121,6 +121,35 @@ def remove(path: str, *, limit_s: float = 5.0) -> None:
         time.sleep(0.05)
 
 
+def take_back(ids: range) -> None:
+    """Take back what libvirt gave to an unprivileged container on hosts with version 1 and no systemd.
+
+    Its root gets the top group of the named hierarchy (name=systemd), which no container has for itself. A systemd
+    inside makes init.scope and others there, and the next one, which has other ids, could not enter them.
+    """
+    for point, kind in hierarchies():
+        if not kind.startswith("name="):
+            continue
+        for entry in _entries(point):
+            if entry.is_dir(follow_symlinks=False) and _owned(entry.path, ids) and not processes(entry.path):
+                remove(entry.path)
+        if _owned(point, ids):
+            for path in (point, *(entry.path for entry in _entries(point) if entry.is_file(follow_symlinks=False))):
+                os.chown(path, 0, 0)
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
+def _owned(path: str, ids: range) -> bool:
+    try:
+        return os.stat(path).st_uid in ids
+    except FileNotFoundError:
+        return False
+
+
 def write(path: str, name: str, text: str) -> None:
     """One control file of a group; a group that is gone meanwhile is no error."""
     try:
