@@ -100,9 +100,10 @@ def vm(driver: Driver, clean: None) -> Iterator[Callable[..., Vm]]:
         template: dict[str, Any] | None = None,
         user_template: dict[str, Any] | None = None,
         vm_id: int | None = None,
+        ds_id: int = 0,
     ) -> Vm:
         number = next(_ids) if vm_id is None else vm_id
-        one = Vm(driver, number, template or {}, user_template or {})
+        one = Vm(driver, number, template or {}, user_template or {}, ds_id)
         made.append(one)
         if image == "busybox":
             one.add_disk(images.busybox_tar())

@@ -52,7 +52,12 @@ class Vm:
     """One VM on this host. `template` may be changed between actions; it is what the next one is told."""
 
     def __init__(
-        self, driver: Driver, vm_id: int, template: Mapping[str, Any], user_template: Mapping[str, Any]
+        self,
+        driver: Driver,
+        vm_id: int,
+        template: Mapping[str, Any],
+        user_template: Mapping[str, Any],
+        ds_id: int = 0,
     ) -> None:
         self.driver = driver
         self.vm_id = vm_id
@@ -60,7 +65,7 @@ class Vm:
         self.template: dict[str, Any] = {"CPU": "0.5", "MEMORY": "64", "VCPU": "1", "NAME": f"vm{vm_id}", **template}
         self.user_template = dict(user_template)
         self.disks: list[dict[str, Any]] = []
-        self.ds_id = 0
+        self.ds_id = ds_id
         self.top = f"/var/lib/one/{vm_id}" if driver.pull else f"/var/lib/one/datastores/{self.ds_id}/{vm_id}"
         self.directory = os.path.join(self.top, "images") if driver.pull else self.top
         self.deployments = 0
