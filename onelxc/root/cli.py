@@ -6,6 +6,8 @@
     onelxc-root check [USER]                                       for people: what is missing here
     onelxc-root cache list|empty                                   for people: imported images
     onelxc-root freeze|thaw one-<vm id>                            for lxc-freeze and lxc-unfreeze
+    onelxc-root console one-<vm id>                                for people: its console, through the hub
+    onelxc-root refresh one-<vm id>                                for the hub, after a reboot from inside
 
 `--started` is when the caller began, in seconds since boot; `--wait` how long it waits for another action to end.
 
@@ -20,12 +22,15 @@ import os
 import re
 import sys
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onelxc import __version__, command, names
 from onelxc.errors import HelperError, OneLxcError
 from onelxc.model import VmPaths
 from onelxc.root.verbs import ANY_VERSION, ONE_SHOT
+
+if TYPE_CHECKING:
+    from onelxc.config import HostConfig
 
 LOCK_S = 120.0
 """How long an action waits for the one before it, unless its caller says."""
@@ -44,10 +49,10 @@ def main(argv: list[str]) -> int:
         from onelxc.root import check
 
         return check.main(argv[1] if len(argv) > 1 else "")
-    if len(argv) == 2 and argv[0] in ("freeze", "thaw"):
-        return _hold_still(*argv)
     if argv[:1] == ["cache"]:
         return _cache(argv[1:])
+    if len(argv) == 2 and argv[0] in ("freeze", "thaw", "console", "refresh"):
+        return _by_name(*argv)
     try:
         words, options = _parse(argv)
         if words[:1] not in ([verb] for verb in ANY_VERSION):
@@ -70,27 +75,21 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _hold_still(verb: str, name: str) -> int:
-    """OpenNebula copies the disks of a running container: it stands still meanwhile, and is reported as running."""
+def _by_name(verb: str, name: str) -> int:
+    """The verbs that are no action of OpenNebula's: for shims, people and the hub. One line on stderr if they fail."""
     from onelxc import config
-    from onelxc.root import freezer, lock
-    from onelxc.root.journal import Journal
-    from onelxc.root.work import Work
+    from onelxc.root import terminal
 
     try:
         vm_id = names.vm_id_of(name)
-        if vm_id is None or os.getuid() != 0:
-            raise HelperError(
-                f"Cannot {verb} {name!r}: " + ("not root" if vm_id is not None else "no container of ours")
-            )
-        policy = config.host()
-        held = lock.acquire(vm_id, verb, timeout_s=LOCK_S, log=lambda _text: None)
-        try:
-            work = Work(vm_id, verb, Journal(VmPaths(vm_id).journal, verb), policy, lambda _text: None)
-            function = freezer.verb_freeze if verb == "freeze" else freezer.verb_thaw
-            function(work, {"why": freezer.SNAPSHOT})
-        finally:
-            held.release()
+        if vm_id is None:
+            raise HelperError(f"Cannot {verb} {name!r}: no container of ours")
+        if os.getuid() != 0:
+            raise HelperError(f"Cannot {verb} {name}: not root")
+        if verb == "console":
+            terminal.attach(vm_id)
+        else:
+            _locked(verb, vm_id, config.host())
     except OneLxcError as error:
         print(error, file=sys.stderr)
         return 1
@@ -109,6 +108,27 @@ def _cache(words: list[str]) -> int:
     except OneLxcError as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _locked(verb: str, vm_id: int, policy: HostConfig) -> None:
+    """Freezing: OpenNebula copies the disks of a running container, which stands still meanwhile and is reported as
+    running. Refreshing: what libvirt does not keep over a reboot is put back."""
+    from onelxc.root import freezer, lock, refresh
+    from onelxc.root.journal import Journal
+    from onelxc.root.work import Work
+
+    held = lock.acquire(vm_id, verb, timeout_s=LOCK_S, log=lambda _text: None)
+    journal = Journal(VmPaths(vm_id).journal, verb)
+    work = Work(vm_id, verb, journal, policy, lambda text: print(text, file=sys.stderr))
+    try:
+        if verb == "refresh":
+            refresh.refresh(work)
+        else:
+            function = freezer.verb_freeze if verb == "freeze" else freezer.verb_thaw
+            function(work, {"why": freezer.SNAPSHOT})
+    finally:
+        journal.close()
+        held.release()
 
 
 def _one_shot(words: list[str], policy: Any) -> int:

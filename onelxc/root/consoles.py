@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Callable
 
+from onelxc.model import VmPaths
 from onelxc.names import RUN, deploy_id
 from onelxc.root.consolelog import ConsoleLog
 
@@ -124,7 +125,7 @@ class Consoles:
         """Wait at most that long, do what there is to do. A fault of one console ends that console alone."""
         now = time.monotonic()
         for console in list(self._consoles.values()):
-            if console.pty < 0 and now - console.silent_since > LINGER_S:
+            if console.pty < 0 and (now - console.silent_since > LINGER_S or not _ours(console.vm_id)):
                 self._close(console)
             elif console.allowance <= 0:
                 console.refill(now)
@@ -290,6 +291,11 @@ class Consoles:
         console.listener.close()
         _unlink(socket_path(console.vm_id))
         del self._consoles[console.vm_id]
+
+
+def _ours(vm_id: int) -> bool:
+    """Whether the VM still has anything here: released, it is not about to come again."""
+    return os.path.isdir(VmPaths(vm_id).state)
 
 
 def complain(text: str) -> None:

@@ -1,7 +1,7 @@
 """What does the one long-lived process of the host do? The daemon `onelxc-hub`.
 
 It joins two things that know nothing of each other: `events` (libvirt's word on what runs) and `consoles` (ptys, logs,
-attached people). After a reboot from inside it has `onelxc-root refresh <vm id>` put back what libvirt does not: a
+attached people). After a reboot from inside it has `onelxc-root refresh one-N` put back what libvirt does not: a
 process of its own that takes the VM's lock, so that the daemon never waits. It decides nothing about a VM's life.
 
 Killed, it begins anew where it was: the containers' output waits in their ptys meanwhile, and `hub.seen` tells which
@@ -106,7 +106,7 @@ class Hub:
             self._waiting.remove(ready)
             try:
                 self._refreshing[ready] = subprocess.Popen(
-                    [sys.executable, "-I", program("onelxc-root"), "refresh", str(ready)],
+                    [sys.executable, "-I", program("onelxc-root"), "refresh", deploy_id(ready)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=dict(command.ENVIRONMENT),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from onelxc import names
 from onelxc.errors import HypervisorError, OneLxcError
 from onelxc.model import STATE, VmPaths
-from onelxc.root import cgroups, freezer, holders, lock, orphans, record, release
+from onelxc.root import cgroups, freezer, holders, hub, lock, orphans, record, release
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 
@@ -51,7 +51,17 @@ def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]
         except (OneLxcError, OSError) as error:
             log(f"VM {vm_id}: {error}")
             found.append({"id": vm_id, "state": BUSY, "error": str(error)})
+    if any(vm["state"] in (RUNNING, PAUSED) for vm in found):
+        _see_to_the_hub(log)
     return {"vms": found}
+
+
+def _see_to_the_hub(log: Callable[[str], None]) -> None:
+    """A hub that was killed comes back by the next look: without it chatty containers stand still after a while."""
+    try:
+        hub.ensure_running()
+    except OneLxcError as error:
+        log(str(error))
 
 
 def _ours() -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 from onelxc import command, names
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
-from onelxc.root import cgroups, holders, mounts, orphans, record, syscalls, validate
+from onelxc.root import cgroups, execution, holders, mounts, orphans, record, syscalls, validate
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
@@ -56,6 +56,7 @@ def everything(work: Work) -> None:
     first = work.config.first_id(work.vm_id)
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
+    steps.run(lambda: execution.forget(work.vm_id))
     steps.run(lambda: remove_network_devices(work.vm_id))
     steps.run(lambda: unmount_all(work))
     for entry in entries:

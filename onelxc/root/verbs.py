@@ -14,6 +14,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "commit": ("onelxc.root.record", "commit"),
     "freeze": ("onelxc.root.freezer", "verb_freeze"),
     "thaw": ("onelxc.root.freezer", "verb_thaw"),
+    "exec": ("onelxc.root.execution", "start"),
+    "exec_cancel": ("onelxc.root.execution", "cancel"),
     "console": ("onelxc.root.consolelog", "verb"),
     "record": ("onelxc.root.record", "verb"),
 }
@@ -22,9 +24,10 @@ ONE_SHOT: dict[str, tuple[str, str]] = {
     "reap": ("onelxc.root.reap", "verb"),
     "check": ("onelxc.root.check", "verb"),
     "sample": ("onelxc.root.sample", "verb"),
+    "executions": ("onelxc.root.execution", "finished"),
 }
 
-ANY_VERSION = ("reap", "sample")
+ANY_VERSION = ("reap", "sample", "executions")
 """One-shot verbs of the probes, whose form never changes. Between an upgrade of the front-end and `install.sh node` on
 a host actions are refused, but a host that could not be looked at would go to ERROR with all its VMs.
 """

@@ -7,74 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import libvirt
 import pytest
 
-from onelxc.model import VmPaths, deploy_id
+from onelxc.model import VmPaths
 from onelxc.root import consolelog, hub
 from onelxc.root.consoles import socket_path
+from tests.support.plain_container import WAIT_S, Container, eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WAIT_S = 60.0
-
-
-def eventually(what: str, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 def log(vm_id: int) -> bytes:
     path = Path(VmPaths(vm_id).console_log)
     parts = [part for part in (Path(f"{path}.1"), path) if part.exists()]
     return b"".join(part.read_bytes() for part in parts)
-
-
-class Container:
-    """A privileged container of busybox whose init is a script; its root is a plain directory."""
-
-    def __init__(self, vm_id: int, script: str, *, ours: bool = True) -> None:
-        self.vm_id = vm_id
-        self.root = Path(VmPaths(vm_id).root)
-        if ours:
-            os.makedirs(VmPaths(vm_id).state, 0o700)
-        for name in ("bin", "proc", "sys", "dev", "tmp"):
-            (self.root / name).mkdir(parents=True)
-        subprocess.run(["cp", "/bin/busybox", self.root / "bin"], check=True)
-        for name in ("sh", "seq", "sleep", "reboot", "cat", "stty"):
-            (self.root / "bin" / name).symlink_to("busybox")
-        (self.root / "main").write_text(script)
-        self.start()
-
-    def start(self) -> None:
-        xml = f"""<domain type='lxc'><name>{deploy_id(self.vm_id)}</name><memory unit='KiB'>65536</memory><vcpu>1</vcpu>
-            <features><privnet/></features>
-            <os><type>exe</type><init>/bin/sh</init><initarg>/main</initarg></os>
-            <devices><filesystem type='mount'><source dir='{self.root}'/><target dir='/'/></filesystem>
-            <console type='pty'/></devices></domain>"""
-        with libvirt.open("lxc:///") as connection:
-            connection.createXML(xml, 0)
-
-    def end(self) -> None:
-        with libvirt.open("lxc:///") as connection:
-            for domain in connection.listAllDomains(0):
-                if domain.name() == deploy_id(self.vm_id):
-                    domain.destroy()
-        subprocess.run(["rm", "-rf", self.root, VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
-        for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
-            Path(path).unlink(missing_ok=True)
-
-    def attach(self) -> socket.socket:
-        eventually("a console socket", lambda: os.path.exists(socket_path(self.vm_id)))
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.settimeout(WAIT_S)
-        stream.connect(socket_path(self.vm_id))
-        return stream
 
 
 @pytest.fixture
@@ -150,8 +99,8 @@ def test_only_one_runs_however_many_start_it() -> None:
     if started is not None:
         os.kill(started, signal.SIGTERM)
         eventually("its end", lambda: not hub.is_running())
-    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom onelxc.root import hub"
-    code += "\nhub.ensure_running(); print(hub.pid())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from onelxc.root import hub; hub.ensure_running()"
+    code += "; print(hub.pid())"
     many = [
         subprocess.Popen([sys.executable, "-c", code, str(REPOSITORY)], stdout=subprocess.PIPE, text=True)
         for _ in range(6)

@@ -1,0 +1,320 @@
+"""How is a command run in a container, cancelled, and its result told once? The verbs behind `exec` and vm/execution.
+
+A command runs through all the namespaces of the container's init, as root of the container, in its control groups,
+with no more capabilities than init has. No agent is needed in the guest. One command at a time for a VM, as
+OpenNebula has it.
+
+7.4 sets STATUS=EXECUTING when the *action* has been answered (LifeCycleStates.cc, trigger_exec_success), over whatever
+was reported by then, so a result is held back for a moment. Files: see `executions`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from onelxc import command, containers, executions, names
+from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
+from onelxc.model import VmPaths
+from onelxc.root import cgroups, orphans, record, syscalls
+from onelxc.root.exec_runner import BEGUN, Result, Runner, Target
+from onelxc.root.work import Work
+
+if TYPE_CHECKING:
+    from onelxc.config import HostConfig
+
+HOLD_S = 4.0
+BEGIN_S = 30.0
+CANCEL_S = 30.0
+COMMAND_LIMIT = 64 * 1024
+STDIN_LIMIT = 1024 * 1024
+ANSWER_LIMIT = 40 * 1024
+"""Bytes of output in one answer of the probe, which has to fit a datagram of 64 KiB."""
+
+_NAMESPACES = {
+    "user": syscalls.CLONE_NEWUSER,
+    "mnt": syscalls.CLONE_NEWNS,
+    "pid": syscalls.CLONE_NEWPID,
+    "net": syscalls.CLONE_NEWNET,
+    "ipc": syscalls.CLONE_NEWIPC,
+    "uts": syscalls.CLONE_NEWUTS,
+    "cgroup": syscalls.CLONE_NEWCGROUP,
+}
+
+
+def start(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb `exec`: `{"command": text, "stdin": base64}`. Returns once the command has begun."""
+    text, stdin = _asked(work.vm_id, request)
+    if executions.running(work.vm_id):
+        raise HypervisorError(
+            f"Cannot execute in {names.deploy_id(work.vm_id)}: a command is still being executed there"
+        )
+    if record.paused(work.vm_id):
+        raise HypervisorError(f"Cannot execute in {names.deploy_id(work.vm_id)}: it is suspended")
+    forget(work.vm_id)
+    begin(work.vm_id, text, stdin, work.config.exec_timeout_s)
+    return {}
+
+
+def cancel(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb `exec_cancel`: the command is killed, nothing is reported. No command is success."""
+    runner = executions.running(work.vm_id)
+    deadline = time.monotonic() + CANCEL_S
+    while runner and executions.running(work.vm_id):
+        try:
+            os.kill(runner, signal.SIGTERM)
+        except ProcessLookupError:
+            break
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"Cannot cancel the command in {names.deploy_id(work.vm_id)}: it does not end")
+        time.sleep(0.02)
+    forget(work.vm_id)
+    return {}
+
+
+def finished(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+    """The one-shot verb `executions`: `{"vms": [{"id", "pid", "status", "code", "stdout", "stderr"}]}`, each told once.
+
+    stdout and stderr in base64. A result of a VM that no longer runs is dropped: oned has set CANCELLED by itself.
+    """
+    told: list[dict[str, Any]] = []
+    size = 0
+    for vm_id, path in executions.pending():
+        if not _controller(vm_id):
+            forget(vm_id)
+            continue
+        try:
+            with open(path) as file:
+                result = json.loads(file.read()) if path.endswith(".done") else _lost()
+        except (OSError, ValueError):
+            result = _lost()
+        size += len(result["stdout"]) + len(result["stderr"])
+        if told and size > ANSWER_LIMIT:
+            break
+        forget(vm_id)
+        told.append({"id": vm_id, **result})
+    return {"vms": told}
+
+
+def forget(vm_id: int) -> None:
+    """Remove what is kept of the VM's last command. Also for `release`."""
+    for kind in ("run", "done"):
+        try:
+            os.unlink(executions.path(vm_id, kind))
+        except FileNotFoundError:
+            pass
+
+
+def begin(vm_id: int, text: str, stdin: bytes, limit_s: float) -> None:
+    """Start the command with a process that attends it. HypervisorError if it cannot be executed."""
+    target = find(vm_id)
+    os.makedirs(executions.DIRECTORY, 0o755, exist_ok=True)
+    begun, on_start = os.pipe()
+    try:
+        child = os.fork()
+        if child == 0:
+            _daemon(vm_id, Runner(target, text, stdin, limit_s), on_start)
+    finally:
+        for fd in (on_start, target.pidfd, *target.groups):
+            os.close(fd)
+    os.waitpid(child, 0)
+    with open(begun, "rb") as answer:
+        said = answer.read().decode(errors="replace")
+    if said != BEGUN:
+        raise HypervisorError(f"Cannot execute in {names.deploy_id(vm_id)}: {said or 'its attendant died'}")
+
+
+def _daemon(vm_id: int, runner: Runner, on_start: int) -> None:
+    """In a forked child: become the process that attends the command. Never returns."""
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGIO, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda _number, _frame: runner.cancel())
+        _keep_only({on_start, runner.target.pidfd, *runner.target.groups})
+        os.environ.clear()
+        os.environ.update(command.ENVIRONMENT)
+        _write(vm_id, "run", f"{os.getpid()} {executions.start_time(os.getpid())}", 0o644)
+        not_before = time.time() + HOLD_S
+        result = runner.run(on_start)
+        if result.begun and not result.cancelled and os.path.isdir(VmPaths(vm_id).state):
+            _write(vm_id, "done", json.dumps(_told(result)), 0o600, max(not_before, time.time()))
+        os.unlink(executions.path(vm_id, "run"))
+    finally:
+        os._exit(0)
+
+
+def find(vm_id: int) -> Target:
+    """The container's init, held so that a process number used anew is nobody else's."""
+    name = names.deploy_id(vm_id)
+    deadline = time.monotonic() + BEGIN_S
+    while True:
+        controller = _controller(vm_id)
+        init = next(iter(orphans.children(controller)), 0) if controller else 0
+        if init and _executed(controller, init):
+            break
+        if not controller or time.monotonic() > deadline:
+            raise NoSuchDomainError(f"Cannot execute in {name}: it does not run on this host")
+        time.sleep(0.01)  # between create and the execution of init
+    pidfd = os.pidfd_open(init)
+    groups: list[int] = []
+    try:
+        spaces = _different_namespaces(init)
+        if not spaces & syscalls.CLONE_NEWPID or not spaces & syscalls.CLONE_NEWNS:
+            raise NotSupportedError(f"Cannot execute in {name}: it has no namespaces of its own")
+        groups.extend(_groups(vm_id, controller, init))
+        status = _status(init)
+        root = _root_of(init)
+        limits = tuple((kind, resource.prlimit(init, kind)) for kind in _limit_kinds())
+        if init not in orphans.children(controller):
+            raise NoSuchDomainError(f"Cannot execute in {name}: it has just ended")
+    except OSError as error:
+        _close(pidfd, *groups)
+        raise HypervisorError(f"Cannot execute in {name}: {error.filename}: {error.strerror}") from error
+    except BaseException:
+        _close(pidfd, *groups)
+        raise
+    return Target(
+        init=init,
+        pidfd=pidfd,
+        groups=tuple(groups),
+        namespaces=spaces,
+        bounding=int(status["CapBnd"], 16),
+        no_new_privileges=status.get("NoNewPrivs") == "1",
+        root=root,
+        limits=limits,
+    )
+
+
+def _controller(vm_id: int) -> int:
+    return next((one.controller for one in containers.running() if one.vm_id == vm_id), 0)
+
+
+def _executed(controller: int, init: int) -> bool:
+    """Whether init is what the image brought, and no longer libvirt's own process about to execute it."""
+    try:
+        return not os.path.samestat(os.stat(f"/proc/{controller}/exe"), os.stat(f"/proc/{init}/exe"))
+    except OSError:
+        return False
+
+
+def _different_namespaces(init: int) -> int:
+    """The kinds in which init is not where we are. Entering one's own user namespace is an error."""
+    spaces = 0
+    for kind, flag in _NAMESPACES.items():
+        if not os.path.samestat(os.stat(f"/proc/self/ns/{kind}"), os.stat(f"/proc/{init}/ns/{kind}")):
+            spaces |= flag
+    return spaces
+
+
+def _groups(vm_id: int, controller: int, init: int) -> list[int]:
+    """cgroup.procs of the container's groups, open for writing.
+
+    v1: the container's own in each hierarchy, wherever a privileged init has gone. v2: init's own, since a group that
+    a systemd inside has divided takes no processes, if it lies in the container's; else the container's.
+    """
+    fds: list[int] = []
+    for group in cgroups.groups(vm_id):
+        if group.controller == controller:
+            path = group.path if group.kind else _unified(group.path, init)
+            fds.append(os.open(os.path.join(path, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
+    if not fds:
+        raise HypervisorError(f"Cannot execute in {names.deploy_id(vm_id)}: its control groups are not found")
+    return fds
+
+
+def _unified(path: str, init: int) -> str:
+    with open(f"/proc/{init}/cgroup") as file:
+        own = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+    for point, kind in cgroups.hierarchies():
+        whole = os.path.normpath(point + own)
+        if not kind and whole.startswith(path + "/"):
+            return whole
+    return path
+
+
+def _status(pid: int) -> dict[str, str]:
+    with open(f"/proc/{pid}/status", errors="replace") as file:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+
+
+def _root_of(pid: int) -> tuple[int, int]:
+    """The host's uid and gid of the container's root."""
+    ids = []
+    for kind in ("uid", "gid"):
+        with open(f"/proc/{pid}/{kind}_map") as file:
+            ids.append(next(int(line.split()[1]) for line in file if line.split()[0] == "0"))
+    return ids[0], ids[1]
+
+
+def _limit_kinds() -> list[int]:
+    return sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+
+
+def _asked(vm_id: int, request: dict[str, Any]) -> tuple[str, bytes]:
+    text, stdin = request.get("command"), request.get("stdin", "")
+    if not isinstance(text, str) or not text.strip() or "\0" in text or len(text) > COMMAND_LIMIT:
+        raise TemplateError(f"Cannot execute in {names.deploy_id(vm_id)}: no command")
+    try:
+        data = base64.b64decode(stdin, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise TemplateError(f"Cannot execute in {names.deploy_id(vm_id)}: its input is not base64") from None
+    if len(data) > STDIN_LIMIT:
+        raise TemplateError(f"Cannot execute in {names.deploy_id(vm_id)}: more than {STDIN_LIMIT >> 10} KiB of input")
+    return text, data
+
+
+def _told(result: Result) -> dict[str, Any]:
+    stderr = result.stderr + (f"onelxc: {result.error}\n".encode() if result.error else b"")
+    return {
+        "pid": result.pid,
+        "status": "ERROR" if result.error else "DONE",
+        "code": result.code,
+        "stdout": base64.b64encode(result.stdout).decode(),
+        "stderr": base64.b64encode(stderr).decode(),
+    }
+
+
+def _lost() -> dict[str, Any]:
+    return _told(Result(0, 137, b"", b"", "the process that attended the command was killed", begun=True))
+
+
+def _write(vm_id: int, kind: str, text: str, mode: int, modified: float | None = None) -> None:
+    path = executions.path(vm_id, kind)
+    temporary = path + ".new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    with open(fd, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fchmod(fd, mode)
+        if modified is not None:
+            os.utime(fd, (modified, modified))
+    os.rename(temporary, path)
+
+
+def _keep_only(keep: set[int]) -> None:
+    """Close everything else: the session's pipes and lock must not live on with the command."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    for entry in os.listdir("/proc/self/fd"):
+        fd = int(entry)
+        if fd > 2 and fd not in keep:
+            _close(fd)
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass

@@ -1,0 +1,34 @@
+"""What of a container does not outlive its reboot from inside, and is put back? `onelxc-root refresh one-N`.
+
+libvirt starts the same domain anew: devices that it attached live come back, what others did to the running container
+does not. Called by the hub, under the VM's lock, when it has seen a new domain id. Each part puts back its own from the
+VM's record; that all is in place already is no error. One part's failure does not keep the others from trying.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from onelxc.errors import OneLxcError
+from onelxc.root import record
+from onelxc.root.work import Work
+
+PARTS: tuple[tuple[str, str], ...] = ()
+"""(module, function): called as `function(work, record)`, in this order."""
+
+
+def refresh(work: Work) -> None:
+    """Put back everything, if the VM is still here. The first error is raised, after all the rest has been tried."""
+    found = record.read(work.vm_id) if os.path.exists(work.paths.record) else None
+    if found is None:
+        return
+    first: Exception | None = None
+    for module, function in PARTS:
+        try:
+            getattr(importlib.import_module(module), function)(work, found)
+        except (OneLxcError, OSError) as error:
+            work.log(f"{module}: {error}")
+            first = first or error
+    if first is not None:
+        raise first
