@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -60,16 +61,19 @@ class Container:
 
     def end(self) -> None:
         with libvirt.open("lxc:///") as connection:
-            for domain in connection.listAllDomains(0):
-                if domain.name() == deploy_id(self.vm_id):
-                    domain.sendProcessSignal(1, signal.SIGKILL)  # 0.2 s; destroy() takes 1.8
-                    eventually("its end", lambda: not self._there(connection))
+            eventually("its end", lambda: self._killed(connection))
         subprocess.run(["rm", "-rf", VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
         for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
             Path(path).unlink(missing_ok=True)
 
-    def _there(self, connection: libvirt.virConnect) -> bool:
-        return any(domain.name() == deploy_id(self.vm_id) for domain in connection.listAllDomains(0))
+    def _killed(self, connection: libvirt.virConnect) -> bool:
+        """SIGKILL takes 0.2 s, destroy() 1.8. Refused for a moment after create."""
+        for domain in connection.listAllDomains(0):
+            if domain.name() == deploy_id(self.vm_id):
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.sendProcessSignal(1, signal.SIGKILL)
+                return False
+        return True
 
     def attach(self) -> socket.socket:
         eventually("a console socket", lambda: os.path.exists(socket_path(self.vm_id)))
