@@ -10,72 +10,31 @@ def test_something(vm):                     # 3.2.1; `pytestmark = pytest.mark.g
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.support import frontends, images, leaks, machine
-from tests.support.frontends import MONITORD, PULL, REPOSITORY
-from tests.support.vms import REMOTES, Driver, Vm
+from tests.support import images, installation, leaks, machine
+from tests.support.frontends import PULL
+from tests.support.vms import Driver, Vm
 
-FRONT_ENDS = "/srv/front-ends"
 BRIDGE = "br0"
-_active: list[str] = []
-
-
-def _install_helper() -> None:
-    """The host's half of the bundle."""
-    installer = os.path.join(REPOSITORY, "install.sh")
-    if os.path.exists(os.path.join(REPOSITORY, "install.d/node.sh")):
-        machine.command(installer, "node", "--no-packages", timeout_s=300)
-        return
-    # until install.sh can do it
-    os.makedirs("/usr/lib/onelxc", exist_ok=True)
-    shutil.copytree(os.path.join(REPOSITORY, "onelxc"), "/usr/lib/onelxc/onelxc", dirs_exist_ok=True)
-    for name in os.listdir(os.path.join(REPOSITORY, "libexec")):
-        shutil.copy(os.path.join(REPOSITORY, "libexec", name), "/usr/lib/onelxc/")
-    with open("/etc/sudoers.d/onelxc", "w") as file:
-        file.write("oneadmin ALL=(root) NOPASSWD: /usr/lib/onelxc/onelxc-root *\n")
-    os.chmod("/etc/sudoers.d/onelxc", 0o440)
 
 
 @pytest.fixture(scope="session")
 def installed() -> None:
     """The bundle on front-ends of both generations, their remotes ready to be this host's, and the host's own half."""
-    if os.environ.get("ONELXC_ALONE") != "1" and not os.path.exists("/run/onelxc-test-machine"):
+    if not installation.is_test_machine():
         pytest.exit("these tests change the machine: run them by tests/run, or in tests/alone", returncode=70)
-    _install_helper()
-    for version in (PULL, MONITORD):
-        location = os.path.join(FRONT_ENDS, version)
-        if os.path.exists(f"{REMOTES}.{version}"):
-            continue
-        frontends.lay_out(location, version)
-        machine.command("chown", "-R", "oneadmin:oneadmin", location)
-        if version == MONITORD and not os.path.exists(os.path.join(REPOSITORY, "install.d/monitord.sh")):
-            continue
-        frontends.install(location)
-        frontends.push(location, version, f"{REMOTES}.{version}")
-        machine.command("chown", "-R", "oneadmin:oneadmin", f"{REMOTES}.{version}")
-
-
-def activate(version: str) -> Driver:
-    """Make the remotes of `version` those of this host."""
-    if _active != [version]:
-        if _active:
-            os.rename(REMOTES, f"{REMOTES}.{_active.pop()}")
-        os.rename(f"{REMOTES}.{version}", REMOTES)
-        _active.append(version)
-    return Driver(version)
+    installation.install()
 
 
 @pytest.fixture
 def driver(request: pytest.FixtureRequest, installed: None) -> Driver:
     """The executables of 3.2.1, or of the generation that a marker or `parametrize(…, indirect=True)` names."""
     mark = request.node.get_closest_marker("generation")
-    return activate(getattr(request, "param", None) or (mark.args[0] if mark else PULL))
+    return installation.activate(getattr(request, "param", None) or (mark.args[0] if mark else PULL))
 
 
 @pytest.fixture
