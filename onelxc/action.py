@@ -13,12 +13,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from onelxc import config, request, rootclient
 from onelxc.errors import GiveUpError, NoSuchDomainError, OneLxcError
 from onelxc.model import Vm, deploy_id
 from onelxc.report import Report, silence_stdout_of_children
+
+if TYPE_CHECKING:
+    from onelxc.template import Policy
 
 REMOTES = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 """The directory that OpenNebula copied to this host; the package lies in it."""
@@ -48,11 +51,16 @@ class Action:
         """The VM as the XML of this call describes it, with the operator's defaults."""
         from onelxc import template  # lxml costs 25 ms, and half of the actions of 3.2.1 have no XML
 
-        policy = template.Policy(self.defaults, config.host())
-        vm = template.parse(self.request.xml, self.vm_id, self.request.vm_dir, policy)
+        vm = template.parse(self.request.xml, self.vm_id, self.request.vm_dir, self.policy())
         for note in vm.notes:
             self.report.info(note)
         return vm
+
+    def policy(self) -> Policy:
+        """The operator's defaults and the host's rules."""
+        from onelxc import template
+
+        return template.Policy(self.defaults, config.host())
 
     def host(self) -> rootclient.Session:
         """The root helper's session for this VM; it holds the VM's lock until it is left, and undoes what was not

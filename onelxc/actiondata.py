@@ -42,12 +42,19 @@ _RESTORING = {
 
 
 @dataclass(frozen=True)
-class Attached:
-    """A disk or a NIC that comes or goes, and the VM with it: the list of the VM has it in both cases."""
+class OfDisk:
+    """A disk that comes, goes or grows, and its VM, which has it among its disks in all cases."""
 
     vm: Vm
-    disk: Disk | None = None
-    nic: Nic | None = None
+    disk: Disk
+
+
+@dataclass(frozen=True)
+class OfNic:
+    """A NIC that comes or goes, and its VM, which has it among its NICs in both cases."""
+
+    vm: Vm
+    nic: Nic
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def vm_dir_of(root: Any, request: Request) -> str:
     raise Fields(root, f"VM {request.vm_id}").error("the XML does not say where the disks lie on this host")
 
 
-def disk_of(request: Request, policy: Policy) -> Attached:
+def disk_of(request: Request, policy: Policy) -> OfDisk:
     """The disk of attach_disk, detach_disk or resize_disk."""
     vm = vm_of(request, policy)
     if request.action == "resize_disk":
@@ -94,17 +101,17 @@ def disk_of(request: Request, policy: Policy) -> Attached:
         found = [disk for disk in vm.disks if disk.attach] or [disk for disk in vm.disks if disk.path == path]
     if not found:
         raise TemplateError(f"Cannot {request.action} VM {request.vm_id}: its XML has no such DISK")
-    return Attached(vm, disk=found[0])
+    return OfDisk(vm, found[0])
 
 
-def nic_of(request: Request, policy: Policy) -> Attached:
+def nic_of(request: Request, policy: Policy) -> OfNic:
     """The NIC of attach_nic or detach_nic."""
     vm = vm_of(request, policy)
     mac = request.argument(1, "MAC address").lower()
     found = [nic for nic in vm.nics if nic.attach] or [nic for nic in vm.nics if nic.mac == mac]
     if not found:
         raise TemplateError(f"Cannot {request.action} VM {request.vm_id}: its XML has no NIC with the MAC {mac}")
-    return Attached(vm, nic=found[0])
+    return OfNic(vm, found[0])
 
 
 def new_size_mb(request: Request) -> int:

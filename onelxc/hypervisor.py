@@ -19,6 +19,7 @@ libvirt's LXC driver is imprecise about the end of a container; what is worked a
 from __future__ import annotations
 
 import enum
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -304,6 +305,10 @@ class Domain:
     def _remove_zombie(self) -> None:
         """`destroy` on a transient domain that has ended fails, and removes it."""
         _call_unless_gone(f"Cannot remove what is left of {self.name}", self._handle.destroy)
+
+    def has_interface(self, device: str) -> bool:
+        """Whether it has a NIC whose host side is called `device`."""
+        return re.search(rf"<target dev='{re.escape(device)}'/>", self.xml()) is not None
 
     def attach_device(self, xml: str) -> None:
         """Attach to the running container; kept when it reboots."""

@@ -31,6 +31,11 @@ def vm_id_of(name: str) -> int | None:
     return int(number) if str(int(number)) == number else None
 
 
+def ifb_device(vm_id: int, nic_id: int | str) -> str:
+    """What the traffic from a NIC is led through where it is limited; with "" what all of the VM's begin with."""
+    return f"onb-{vm_id}-{nic_id}"
+
+
 def nic_device(vm_id: int, nic_id: int) -> str:
     """The host side of a NIC; VNM's security groups and Open vSwitch find it by this name."""
     return f"{DOMAIN_PREFIX}{vm_id}-{nic_id}"

@@ -25,6 +25,7 @@ from onelxc.root import (
     importer,
     loops,
     mounts,
+    network,
     record,
     rootfs,
     validate,
@@ -77,6 +78,7 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         cgroup=cgroups.version(),
         profiles=tuple(map(_profile, vm.profiles)),
         devices=tuple(devices),
+        interfaces=network.interfaces(vm),
         swap_accounting=_counts_swap(),
     )
 

@@ -41,8 +41,17 @@ def boot_id() -> str:
 
 def read(vm_id: int) -> Record | None:
     """The record of a deployed VM, None if there is none."""
+    return _read(vm_id, VmPaths(vm_id).record)
+
+
+def newest(vm_id: int) -> Record | None:
+    """The record that is staged, else the one that is kept, else None."""
+    return _read(vm_id, VmPaths(vm_id).record + ".new") or read(vm_id)
+
+
+def _read(vm_id: int, path: str) -> Record | None:
     try:
-        with open(VmPaths(vm_id).record, "rb") as file:
+        with open(path, "rb") as file:
             data = json.loads(file.read())
         return Record(wire.decode(Vm, data["vm"]), wire.decode(Prepared, data["prepared"]), str(data["boot"]))
     except FileNotFoundError:

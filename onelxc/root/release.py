@@ -149,11 +149,18 @@ def _give_back_domain(work: Work, what: dict[str, Any]) -> None:
     remove_network_devices(work.vm_id)
 
 
+def _give_back_nic(work: Work, what: dict[str, Any]) -> None:
+    from onelxc.root import network
+
+    network.give_back(work, what)
+
+
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "mount": _give_back_mount,  # path
     "loop": _give_back_loop,  # dev, ino of the image; path for people
     "file": _give_back_file,  # path
     "domain": _give_back_domain,
+    "nic": _give_back_nic,  # nic
 }
 """How each kind of journal entry is given back, and what its data are."""
 
@@ -165,7 +172,11 @@ def _images(work: Work, entries: list[Entry]) -> set[tuple[int, int]]:
 
 
 def remove_network_devices(vm_id: int) -> None:
-    """The host sides of the VM's NICs; they go with the container, unless it died badly."""
+    """The host sides of the VM's NICs, which go with the container unless it died badly, and what limits them."""
+    if any(device.startswith(names.ifb_device(vm_id, "")) for device in os.listdir(NET)):
+        from onelxc.root import traffic  # most VMs have none, and probes come here every five seconds
+
+        traffic.clear_vm(vm_id)
     pattern = re.compile(re.escape(names.deploy_id(vm_id)) + r"-\d+\Z")
     for device in os.listdir(NET):
         # a veth has a peer; a bridge or a card that somebody called so is not ours

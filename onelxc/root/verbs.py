@@ -18,6 +18,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "exec_cancel": ("onelxc.root.execution", "cancel"),
     "console": ("onelxc.root.consolelog", "verb"),
     "record": ("onelxc.root.record", "verb"),
+    "new_nic": ("onelxc.root.network", "new_nic"),
+    "attach_nic": ("onelxc.root.network", "attach_nic"),
+    "old_nic": ("onelxc.root.network", "old_nic"),
+    "detach_nic": ("onelxc.root.network", "detach_nic"),
+    "settle": ("onelxc.root.network", "settle_verb"),
 }
 
 ONE_SHOT: dict[str, tuple[str, str]] = {

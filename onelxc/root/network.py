@@ -1,0 +1,324 @@
+"""What becomes of NICs beside libvirt? Live ones get their name and addresses, all of them MTU and limits.
+
+A NIC that libvirt attaches to a running container arrives as `vnetN`, down and without address, whatever its XML says;
+only after the container's next reboot is it as described. So it is found (it is the other end of `one-<vm>-<nic>`),
+renamed, addressed and raised from outside, in the container's network namespace alone. Verbs of a session:
+
+    new_nic     before libvirt attaches: refuse what the VM has already, journal it
+    attach_nic  after it: make it ready inside, and stage the record with it
+    old_nic     before libvirt detaches: see that it can
+    detach_nic  after libvirt has detached: see that it is gone, and stage the record without it
+    settle      after a start or a reboot from inside: MTU and limits of all NICs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from onelxc import domainxml, model, wire
+from onelxc.errors import CommandError, ConfigurationError, HelperError, HypervisorError, NotSupportedError
+from onelxc.model import Nic, Vm, nic_device
+from onelxc.names import ifb_device
+from onelxc.root import pci, record, traffic
+from onelxc.root.links import Link, Namespace
+from onelxc.root.work import Work
+
+ARRIVES_S = 10.0
+_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,14}\Z")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")
+
+
+def new_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"nic": …}`; from here on the caller may attach it."""
+    nic = _nic(work, request)
+    found = _record(work)
+    if nic.pci_address:
+        raise NotSupportedError(
+            f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: a PCI interface moves into a container only when it"
+            " starts: power the VM off first"
+        )
+    if any(other.nic_id == nic.nic_id for other in found.vm.nics):
+        raise HelperError(f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: it has a NIC of that number")
+    with Namespace() as host:
+        if host.link(nic.device) is not None:
+            raise HypervisorError(
+                f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: this host has an interface {nic.device} already"
+            )
+        _look_at_bridge(host, work.vm_id, nic)
+    work.journal.take("nic", nic=model.to_json(nic))
+    return {}
+
+
+def attach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"nic": …}`, which libvirt has attached."""
+    nic = _nic(work, request)
+    found = _record(work)
+    with Namespace() as host, Namespace.of_vm(work.vm_id) as inside:
+        outer, inner = _arrived(host, inside, work.vm_id, nic)
+        name = _rename(inside, inner, nic.guest_name, work.log)
+        _address(inside, name, nic, work.log)
+        _finish(work.vm_id, (host, outer, inside), nic, work.log)
+    record.stage(dataclasses.replace(found.vm, nics=_with(found.vm, nic)), found.prepared)
+    return {}
+
+
+def old_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"nic_id": …}`. A tenant who deletes his end deletes the pair; libvirt then fails to delete it once
+    more, and keeps the NIC for the next reboot. So another device takes its place, for libvirt to delete."""
+    nic = next((nic for nic in _record(work).vm.nics if nic.nic_id == request.get("nic_id")), None)
+    if nic is None:
+        return {}
+    with Namespace() as host:
+        if host.link(nic.device) is None:
+            work.journal.take("nic", nic=model.to_json(nic))
+            peer = ifb_device(work.vm_id, nic.nic_id)
+            traffic.clear(host, work.vm_id, nic.nic_id)
+            host.run("ip", "link", "add", nic.device, "type", "veth", "peer", "name", peer, verb=f"make {nic.device}")
+    return {}
+
+
+def detach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"nic_id": …}`, which libvirt knows no more."""
+    nic_id = request.get("nic_id")
+    if not isinstance(nic_id, int):
+        raise HelperError(f"Cannot detach a NIC of VM {work.vm_id}: no number: {nic_id!r}")
+    found = _record(work)
+    forget(work.vm_id, nic_id)
+    for entry in work.journal.held():
+        if entry.kind == "nic" and entry.what.get("nic", {}).get("nic_id") == nic_id:
+            work.journal.gave_back(entry.number)
+    rest = tuple(nic for nic in found.vm.nics if nic.nic_id != nic_id)
+    record.stage(dataclasses.replace(found.vm, nics=rest), found.prepared)
+    return {}
+
+
+def settle_verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: the container of the staged or kept record has started."""
+    found = record.newest(work.vm_id)
+    if found is not None:
+        settle(found, work.log)
+    return {}
+
+
+def refresh(work: Work, found: record.Record) -> None:
+    """After the container has restarted by itself (see `refresh`)."""
+    settle(found, work.log)
+
+
+def settle(found: record.Record, log: Callable[[str], None]) -> None:
+    """MTU and limits of all NICs, for which libvirt has no way that works here; and PCI NICs, which it only moves.
+
+    A NIC that is not there (the tenant can delete his end, and with it the pair) is no reason to end anything.
+    """
+    vm = found.vm
+    interfaces = dict(found.prepared.interfaces)
+    if not any(nic.mtu or nic.inbound or nic.outbound or nic.nic_id in interfaces for nic in vm.nics):
+        return
+    with Namespace() as host, Namespace.of_vm(vm.vm_id) as inside:
+        outside = {link.name: link for link in host.links()}
+        for nic in vm.nics:
+            if nic.nic_id in interfaces:
+                _settle_pci(inside, interfaces[nic.nic_id], nic, log)
+            elif nic.device in outside:
+                _finish(vm.vm_id, (host, outside[nic.device], inside), nic, log)
+            else:
+                log(f"NIC {nic.nic_id}: {nic.device} is gone")
+
+
+def forget(vm_id: int, nic_id: int) -> None:
+    """What is left on the host of a NIC that is gone."""
+    device = nic_device(vm_id, nic_id)
+    with Namespace() as host:
+        traffic.clear(host, vm_id, nic_id)
+        link = host.link(device)
+        if link is not None and link.kind == "veth":
+            host.delete(device)
+
+
+def give_back(work: Work, what: dict[str, Any]) -> None:
+    """An attached NIC that nobody kept: libvirt must not plug it in again at the container's next reboot."""
+    nic = wire.decode(Nic, what["nic"])
+    with Namespace() as host:
+        if host.link(nic.device) is not None:
+            _detach(work.vm_id, nic)
+    forget(work.vm_id, nic.nic_id)
+
+
+def _detach(vm_id: int, nic: Nic) -> None:
+    from onelxc.hypervisor import Hypervisor  # libvirt costs 38 ms, and nearly always nothing is to be done
+
+    try:
+        with Hypervisor() as libvirt:
+            domain = libvirt.find(model.deploy_id(vm_id))
+            if domain is not None:
+                domain.detach_device(domainxml.render_interface(nic))
+    except HypervisorError:
+        pass  # it does not know the NIC, or is not there: the device goes all the same
+
+
+def _with(vm: Vm, nic: Nic) -> tuple[Nic, ...]:
+    kept = [other for other in vm.nics if other.nic_id != nic.nic_id]
+    return tuple(sorted([*kept, dataclasses.replace(nic, attach=False)], key=lambda other: other.nic_id))
+
+
+def _record(work: Work) -> record.Record:
+    found = record.read(work.vm_id)
+    if found is None:
+        raise HelperError(f"Cannot change VM {work.vm_id}: nothing of it runs here that was deployed by this driver")
+    return found
+
+
+def _nic(work: Work, request: dict[str, Any]) -> Nic:
+    """The NIC that a caller describes. All that is put into a command line has the form that it has to have."""
+    nic = wire.decode(Nic, request.get("nic"))
+    wrong = ""
+    if nic.device != nic_device(work.vm_id, nic.nic_id) or not _NAME.match(nic.device):
+        wrong = f"device {nic.device!r}"
+    elif not _NAME.match(nic.guest_name):
+        wrong = f"name {nic.guest_name!r}"
+    elif not _MAC.match(nic.mac):
+        wrong = f"MAC address {nic.mac!r}"
+    elif nic.mtu is not None and not 68 <= nic.mtu <= 65535:
+        wrong = f"MTU {nic.mtu}"
+    elif nic.bridge and not re.match(r"[^\s/:-][^\s/:]{0,14}\Z", nic.bridge):
+        wrong = f"bridge {nic.bridge!r}"
+    try:
+        for address in filter(None, (nic.ip, nic.gateway, nic.ip6, nic.gateway6)):
+            ipaddress.ip_address(address)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise HelperError(f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: not a NIC of ours: {wrong}")
+    return nic
+
+
+def _look_at_bridge(host: Namespace, vm_id: int, nic: Nic) -> None:
+    """libvirt says no more of a missing bridge than the kernel's error number."""
+    if nic.bridge_type == "linux":
+        bridge = host.link(nic.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            what = "no interface" if bridge is None else "no bridge"
+            raise ConfigurationError(
+                f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.bridge} is {what} of this host"
+            )
+
+
+def _arrived(host: Namespace, inside: Namespace, vm_id: int, nic: Nic) -> tuple[Link, Link]:
+    """Both ends of the NIC. libvirt answers once it has told its controller to move the inner one."""
+    deadline = time.monotonic() + ARRIVES_S
+    while True:
+        outer = host.link(nic.device)
+        inner = inside.by_index(outer.peer) if outer is not None else None
+        if outer is not None and inner is not None and inner.mac == nic.mac:
+            return outer, inner
+        if time.monotonic() > deadline:
+            raise HypervisorError(
+                f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.device} has not come to the container"
+            )
+        time.sleep(0.02)
+
+
+def _rename(inside: Namespace, link: Link, name: str, log: Callable[[str], None]) -> str:
+    """Give it its name, which it can take while it is down. The name may be the tenant's for something else."""
+    if link.name == name:
+        return name
+    inside.change(_numbered(inside, link), "down")
+    try:
+        inside.change(_numbered(inside, link), "name", name)
+    except CommandError as error:
+        log(f"{link.name} inside cannot be called {name}: {error}")
+        return _numbered(inside, link)
+    return name
+
+
+def _numbered(inside: Namespace, link: Link) -> str:
+    """Its name now; the tenant may have changed it. No option of `ip` can be mistaken for a name that we take."""
+    now = inside.by_index(link.index)
+    if now is None or not _NAME.match(now.name):
+        raise HypervisorError(f"Cannot set up {link.name}: it is gone, or was given a strange name inside")
+    return now.name
+
+
+def _address(inside: Namespace, name: str, nic: Nic, log: Callable[[str], None]) -> None:
+    """Up, with its addresses: what libvirt does at a start. A network without IPv6 leaves that out."""
+    if nic.mtu:
+        inside.change(name, "mtu", str(nic.mtu))
+    inside.change(name, "up")
+    for family, ip, prefix, gateway in (
+        ("-4", nic.ip, nic.prefix, nic.gateway),
+        ("-6", nic.ip6, nic.prefix6, nic.gateway6),
+    ):
+        try:
+            if ip:
+                address = f"{ip}/{prefix}"
+                inside.run("ip", family, "address", "replace", address, "dev", name, verb=f"give {name} its address")
+            if gateway and not _has_default(inside, family):
+                inside.route(family, "default", "via", gateway, "dev", name)
+        except CommandError as error:
+            log(f"NIC {nic.nic_id}: {error}")
+
+
+def _has_default(inside: Namespace, family: str) -> bool:
+    return bool(inside.run("ip", family, "route", "show", "default", verb="look at routes").strip())
+
+
+def _finish(vm_id: int, places: tuple[Namespace, Link, Namespace], nic: Nic, log: Callable[[str], None]) -> None:
+    """What is the same at a start, at a reboot and for a live NIC: the MTU of both ends, and the limits.
+
+    `places` are the host, the NIC's device there, and the container.
+    """
+    host, outer, inside = places
+    if nic.mtu and outer.mtu != nic.mtu:
+        try:
+            host.change(outer.name, "mtu", str(nic.mtu))
+            inner = inside.by_index(outer.peer)
+            if inner is not None:
+                inside.change(_numbered(inside, inner), "mtu", str(nic.mtu))
+        except (CommandError, HypervisorError) as error:
+            log(f"NIC {nic.nic_id}: MTU {nic.mtu}: {error}")
+    if nic.inbound or nic.outbound:
+        traffic.shape(host, vm_id, nic, log)
+
+
+def _settle_pci(inside: Namespace, interface: str, nic: Nic, log: Callable[[str], None]) -> None:
+    link = inside.link(interface)
+    if link is None:
+        log(f"NIC {nic.nic_id}: {interface} has not come to the container, or is called otherwise there by now")
+        return
+    _address(inside, _rename(inside, link, nic.guest_name, log), nic, log)
+
+
+def interfaces(vm: Vm) -> tuple[tuple[int, str], ...]:
+    """(NIC id, interface of the host) of the VM's PCI NICs; refused if the host uses one itself."""
+    found = []
+    for nic in vm.nics:
+        if nic.pci_address:
+            name = pci.interface(nic.pci_address)
+            with Namespace() as host:
+                refuse_used(host, name, f"NIC {nic.nic_id} of VM {vm.vm_id}")
+            found.append((nic.nic_id, name))
+    return tuple(found)
+
+
+def refuse_used(host: Namespace, name: str, what: str) -> None:
+    """An interface that the host itself uses must never leave it: the host would be gone from the network."""
+    link = host.link(name)
+    if link is None:
+        raise ConfigurationError(f"Cannot use {name} as {what}: this host has no such interface (any more)")
+    addresses = host.addresses(name)
+    reason = ""
+    if link.master:
+        reason = f"it belongs to {link.master}"
+    elif addresses:
+        reason = f"it has the address {addresses[0]}"
+    elif host.has_routes(name):
+        reason = "a route leads through it"
+    elif any(other.peer == link.index and other.kind != "veth" for other in host.links()):
+        reason = "another interface of the host is made on it"
+    if reason:
+        raise ConfigurationError(f"Cannot use {name} as {what}: this host uses it itself: {reason}")
