@@ -62,6 +62,12 @@ put_directory() {
     if step "create $1/"; then install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$1"; fi
 }
 
+# put_own_directory PATH OWNER:GROUP MODE: one that is ours by its name, whoever made it: it goes when it is empty.
+put_own_directory() {
+    shipped[$1]=directory
+    put_directory "$@"
+}
+
 # put_file SOURCE PATH OWNER:GROUP MODE: written beside and renamed, so that nobody ever reads half of it.
 put_file() {
     local verb=create

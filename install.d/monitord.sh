@@ -49,8 +49,15 @@ install_monitord() {
     sample=$remotes/etc/vmm/kvm/kvmrc
     [ -f "$sample" ] || sample=$remotes/scripts_common.sh
     conf=$remotes/etc/vmm/$driver/vmm_exec_lxc.conf
-    for directory in etc etc/vmm "etc/vmm/$driver" etc/im "etc/im/$driver-probes.d"; do
+    for directory in etc etc/vmm etc/im; do
         put_directory "$remotes/$directory" "$data_files" "$directory_mode"
+    done
+    for directory in "etc/vmm/$driver" "etc/im/$driver-probes.d"; do
+        if [ "$driver" = lxc ]; then
+            put_directory "$remotes/$directory" "$data_files" "$directory_mode"
+        else
+            put_own_directory "$remotes/$directory" "$data_files" "$directory_mode"
+        fi
     done
     put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")"
     # pci.rb looks for its filter under the name of the directory that it lies in, and fails the host without it

@@ -85,7 +85,7 @@ put_user_into_group() {
 
 # Nothing here may ever be writable by anybody but root: sudo runs it.
 put_helper() {
-    put_directory "$library" root:root 755
+    put_own_directory "$library" root:root 755
     put_tree "$bundle/onelxc" "$library/onelxc" root:root 755 644 644
     put_file "$bundle/libexec/onelxc-root" "$library/onelxc-root" root:root 755
     put_file "$bundle/libexec/onelxc-hub" "$library/onelxc-hub" root:root 755
@@ -97,8 +97,8 @@ put_helper() {
 }
 
 put_policy() {
-    put_directory /etc/onelxc root:root 755
-    put_directory /etc/onelxc/profiles root:root 755
+    put_own_directory /etc/onelxc root:root 755
+    put_own_directory /etc/onelxc/profiles root:root 755
     put_configuration "$bundle/etc/host.conf" /etc/onelxc/host.conf root:root 644
     put_file "$bundle/etc/profiles-README" /etc/onelxc/profiles/README root:root 644
 }

@@ -1,0 +1,5 @@
+"""The install tier: install.sh on front-ends and on a host. It runs in a machine of its own, as root."""
+
+from __future__ import annotations
+
+from tests.support.fixtures import *  # noqa: F403
