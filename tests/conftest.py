@@ -11,6 +11,8 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if REPOSITORY not in sys.path:
     sys.path.insert(0, REPOSITORY)
 
+from tests.support.fixtures import *  # noqa: E402, F403
+
 TIERS = ("lint", "pure", "contract", "install", "node")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fixtures import *  # noqa: F403
-
 
 @pytest.fixture(autouse=True)
 def nothing_left(clean: None) -> None:
