@@ -127,12 +127,18 @@ def move_mount(mount_fd: int, target: str, *, dir_fd: int = AT_FDCWD) -> None:
 
 
 def mount_setattr(
-    mount_fd: int, *, set_: int = 0, clear: int = 0, userns_fd: int | None = None, recursive: bool = False
+    mount_fd: int,
+    *,
+    set_: int = 0,
+    clear: int = 0,
+    propagation: int = 0,
+    userns_fd: int | None = None,
+    recursive: bool = False,
 ) -> None:
     """Change the attributes of the mount `mount_fd`; with `userns_fd` its ids are seen through that namespace."""
     if userns_fd is not None:
         set_ |= ATTR_IDMAP
-    attr = _MountAttr(set_, clear, 0, userns_fd or 0)
+    attr = _MountAttr(set_, clear, propagation, userns_fd or 0)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     size = ctypes.c_size_t(ctypes.sizeof(attr))
     _syscall(_NR_MOUNT_SETATTR, "mount", _int(mount_fd), _path(""), ctypes.c_uint(flags), ctypes.byref(attr), size)

@@ -1,0 +1,81 @@
+"""How does a disk become larger while it is mounted? The verb `resize_disk`.
+
+For file images OpenNebula's transfer managers leave the image of a running VM to the driver, so the file is enlarged
+here, then its loop device, then the file system. What only the next start can do is said in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from typing import Any
+
+from onelxc import model
+from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
+from onelxc.model import Disk
+from onelxc.root import filesystems, inside, loops, mounts, record, validate
+from onelxc.root.work import Work
+
+_MIB = 1 << 20
+
+
+def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"disk_id": 0, "size_mb": 4096}`. Never smaller. The caller commits."""
+    disk_id, size_mb = int(request.get("disk_id", -1)), int(request.get("size_mb", 0))
+    found = record.read(work.vm_id)
+    if found is None:
+        raise NoSuchDomainError(f"Cannot find {model.deploy_id(work.vm_id)}: no such container of ours on this host")
+    disk = next((one for one in found.vm.disks if one.disk_id == disk_id and one.kind in ("image", "fs")), None)
+    if disk is None:
+        raise StorageError(f"Cannot resize disk {disk_id}: the container has no such disk")
+    if disk.read_only:
+        raise NotSupportedError(f"Cannot resize disk {disk_id}: it is read-only")
+    point = work.paths.root if disk_id == found.vm.root_disk.disk_id else work.paths.disk(disk_id)
+    mount = next((one for one in reversed(inside.mounts_of(os.getpid())) if one.point == point), None)
+    if mount is None:
+        raise StorageError(f"Cannot resize disk {disk_id}: it is not mounted")
+    before = _enlarge(work, disk, mount.source, size_mb)
+    disks = tuple(dataclasses.replace(one, size_mb=size_mb) if one is disk else one for one in found.vm.disks)
+    record.stage(dataclasses.replace(found.vm, disks=disks), found.prepared)
+    _grow(disk_id, mount.source, point)
+    after = mounts.device_bytes(mount.source)
+    work.log(f"disk {disk_id} grown from {before >> 20} to {after >> 20} MiB")
+    return {"bytes": after}
+
+
+def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
+    """Make image and device as large as asked; gives the bytes of before."""
+    before = mounts.device_bytes(device)
+    if size_mb * _MIB < before:
+        raise StorageError(
+            f"Cannot resize disk {disk.disk_id} to {size_mb} MB: it has {before >> 20} MB and does not shrink"
+        )
+    with validate.find(disk.path, work.config) as image:
+        if not stat.S_ISREG(image.status.st_mode):
+            return before  # a volume, which its transfer manager has enlarged
+        if loops.backing_identity(device) != (image.status.st_dev, image.status.st_ino):
+            raise StorageError(f"Cannot resize disk {disk.disk_id}: {disk.path} is not what is mounted")
+        fd = image.open(os.O_RDWR)
+    try:
+        if os.fstat(fd).st_size < size_mb * _MIB:
+            os.ftruncate(fd, size_mb * _MIB)
+    except OSError as error:
+        raise StorageError(f"Cannot enlarge {disk.path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    loops.refresh(device)
+    return before
+
+
+def _grow(disk_id: int, device: str, point: str) -> None:
+    kind = filesystems.probe(device).kind
+    try:
+        filesystems.grow_mounted(device, kind, point)
+    except StorageError as error:
+        if kind in filesystems.EXT and "ermission" in str(error):
+            raise NotSupportedError(
+                f"Cannot grow the {kind} file system of disk {disk_id} while it is mounted: this host does not allow it"
+                " (CAP_SYS_RESOURCE); the image has the new size, and the file system takes it when the VM starts next"
+            ) from error
+        raise

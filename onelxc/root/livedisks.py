@@ -1,0 +1,178 @@
+"""How does a disk come to a running container, and leave it? The verbs `attach_disk` and `detach_disk`.
+
+Attached, it is mounted on the host as at start (that mount lives as long as the container, so that it can be shown
+again after a reboot from inside), and a detached copy of that mount is moved into the container. Detached, it is
+refused while anybody uses it, with the names of who does, and when it returns nothing holds the image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+from onelxc import model, wire
+from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
+from onelxc.model import Disk, IoLimits, Mount, Vm
+from onelxc.root import inside, iolimits, mounts, orphans, prepare, record, release, validate
+from onelxc.root.record import Record
+from onelxc.root.work import Work
+
+EXECUTED_S = 20.0
+
+
+def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"disk": …}`. The caller commits."""
+    disk = wire.decode(Disk, request.get("disk"))
+    found = _record(work)
+    if disk.kind == "swap":
+        raise NotSupportedError(f"Cannot attach disk {disk.disk_id}: a container cannot swap to a disk of its own")
+    if disk.kind == "context":
+        raise NotSupportedError(f"Cannot attach disk {disk.disk_id}: it is the context, which reconfigure brings")
+    known = [one for one in found.vm.disks if one.disk_id == disk.disk_id]
+    if known or disk.disk_id < 0:
+        raise StorageError(f"Cannot attach disk {disk.disk_id}: a disk of that number is attached already")
+    target = validate.mount_point(disk)
+    pid = inside.init_pid(work.vm_id)
+    if any(mount.target == target for mount in found.prepared.mounts):
+        raise StorageError(f"Cannot attach disk {disk.disk_id}: another disk is at {target} already")
+    device = prepare.mount_data_disk(work, disk, found.prepared.id_base)
+    disk = dataclasses.replace(disk, attach=False)
+    if disk.limits != IoLimits():
+        iolimits.set_limits(work.vm_id, device, disk.limits)
+    inside.attach(pid, work.paths.disk(disk.disk_id), target, found.prepared.id_base)
+    mount = Mount(work.paths.disk(disk.disk_id), target, disk.read_only)
+    limited = ((disk.disk_id, device),) if disk.limits != IoLimits() else ()
+    prepared = dataclasses.replace(
+        found.prepared, mounts=(*found.prepared.mounts, mount), devices=(*found.prepared.devices, *limited)
+    )
+    record.stage(dataclasses.replace(found.vm, disks=(*found.vm.disks, disk)), prepared)
+    return {"target": target}
+
+
+def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"disk_id": 3}`. A disk that is not there is detached. The caller commits."""
+    disk_id = int(request.get("disk_id", -1))
+    found = _record(work)
+    if disk_id == found.vm.root_disk.disk_id:
+        raise NotSupportedError(f"Cannot detach disk {disk_id}: it holds the root file system of the container")
+    disk = next((one for one in found.vm.disks if one.disk_id == disk_id), None)
+    source = work.paths.disk(disk_id)
+    target = next((mount.target for mount in found.prepared.mounts if mount.source == source), "")
+    if mounts.is_mounted(source):
+        device = _device_of(source)
+        _leave_container(work.vm_id, disk_id, source, target, found.prepared.id_base)
+        if disk is not None and disk.limits != IoLimits():
+            iolimits.set_limits(work.vm_id, device, IoLimits())
+    _give_back(work, disk, source)
+    vm = dataclasses.replace(found.vm, disks=tuple(one for one in found.vm.disks if one.disk_id != disk_id))
+    prepared = dataclasses.replace(
+        found.prepared,
+        mounts=tuple(mount for mount in found.prepared.mounts if mount.source != source),
+        devices=tuple(pair for pair in found.prepared.devices if pair[0] != disk_id),
+    )
+    record.stage(vm, prepared)
+    return {}
+
+
+def refresh(work: Work, found: Record) -> None:
+    """After the container restarted by itself: show it again what libvirt knows nothing of, with its limits."""
+    pid = _wait_executed(work.vm_id)
+    present = {mount.device for mount in inside.mounts_of(pid)}
+    for mount in found.prepared.mounts:
+        disk = next((one for one in found.vm.disks if work.paths.disk(one.disk_id) == mount.source), None)
+        if disk is None or not mounts.is_mounted(mount.source):
+            continue
+        if _number(mount.source) not in present:
+            inside.attach(pid, mount.source, mount.target, found.prepared.id_base)
+            if disk.limits != IoLimits():
+                iolimits.set_limits(work.vm_id, _device_of(mount.source), disk.limits)
+
+
+def _record(work: Work) -> Record:
+    found = record.read(work.vm_id)
+    if found is None:
+        raise NoSuchDomainError(f"Cannot find {model.deploy_id(work.vm_id)}: no such container of ours on this host")
+    return found
+
+
+def _wait_executed(vm_id: int) -> int:
+    """The container's process 1, once it is what the image brought: before, its file systems are still being built."""
+    deadline = time.monotonic() + EXECUTED_S
+    while True:
+        pid = inside.init_pid(vm_id)
+        if orphans.comm(pid) not in ("libvirt_lxc", ""):
+            return pid
+        if time.monotonic() > deadline:
+            raise StorageError(f"Cannot look into {model.deploy_id(vm_id)}: its init has not been executed")
+        time.sleep(0.01)
+
+
+def _leave_container(vm_id: int, disk_id: int, source: str, target: str, id_base: int | None) -> None:
+    """Unmount the disk in every namespace of the container. If it is in use, it is where it was, and StorageError."""
+    number, st_dev = _number(source), os.stat(source).st_dev
+    try:
+        init = inside.init_pid(vm_id)
+    except NoSuchDomainError:
+        return
+    pids = inside.processes(vm_id)
+    gone: list[str] = []
+    # the namespace of init last: it has the copy that is put back if somebody uses another
+    for pid in (*(pid for pid in _namespaces(pids, init)), init):
+        table = inside.mounts_of(pid)
+        points = [mount.point for mount in table if mount.device == number]
+        for point in reversed(points):
+            remove = pid == init and point == target == f"/media/one-disk.{disk_id}"
+            if inside.detach(pid, point, remove=remove):
+                gone += [point] if pid == init else []
+                continue
+            below = sorted(mount.point for mount in table if mount.point.startswith(f"{point}/"))
+            names = ", ".join(inside.users(inside.processes(vm_id), st_dev))
+            if target in gone:
+                inside.attach(init, source, target, id_base)
+            why = names or (f"what is mounted at {below[0]} inside" if below else "the kernel")
+            raise StorageError(f"DISK {disk_id} is in use by {why}")
+
+
+def _namespaces(pids: tuple[int, ...], init: int) -> list[int]:
+    """One process for each mount namespace of the container other than that of its init."""
+    seen = set()
+    found = []
+    for pid in (init, *pids):
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+        except OSError:
+            continue
+        if namespace not in seen:
+            seen.add(namespace)
+            found.append(pid)
+    return [pid for pid in found if pid != init]
+
+
+def _give_back(work: Work, disk: Disk | None, source: str) -> None:
+    """The host's mount and the loop device, by the journal's entries for them."""
+    image = None
+    if disk is not None:
+        try:
+            with validate.find(disk.path, work.config) as found:
+                image = (found.status.st_dev, found.status.st_ino)
+        except StorageError:
+            pass  # the file has gone already; the mount and its device have not
+    for entry in work.journal.held():
+        mine = entry.kind == "mount" and entry.what.get("path") == source
+        if mine or (entry.kind == "loop" and image == (entry.what.get("dev"), entry.what.get("ino"))):
+            release.give_back(work, entry)
+
+
+def _number(point: str) -> str:
+    """MAJOR:MINOR, as mountinfo writes it, of the file system mounted at `point`."""
+    return next(mount.device for mount in reversed(inside.mounts_of(os.getpid())) if mount.point == point)
+
+
+def _device_of(point: str) -> str:
+    """The block device mounted at `point`."""
+    return next(mount.source for mount in reversed(inside.mounts_of(os.getpid())) if mount.point == point)
+
+
+__all__ = ["Vm", "attach", "detach", "refresh"]
