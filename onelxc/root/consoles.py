@@ -75,8 +75,9 @@ class _Console:
 class Consoles:
     """All consoles of the host. Every method but `wake` is called from the one thread that calls `turn`."""
 
-    def __init__(self, lost: Callable[[int], None]) -> None:
-        """`lost(vm_id)` is called when a pty has ended: the container did, or rebooted."""
+    def __init__(self, lost: Callable[[int], None], log_limit: int) -> None:
+        """`lost(vm_id)` is called when a pty has ended: the container did, or rebooted. `log_limit` in bytes."""
+        self._log_limit = log_limit
         self._lost = lost
         self._consoles: dict[int, _Console] = {}
         self._selector = selectors.DefaultSelector()
@@ -109,7 +110,7 @@ class Consoles:
         self._hang_up(console)
         console.pty = pty
         try:
-            console.log = ConsoleLog(vm_id)
+            console.log = ConsoleLog(vm_id, self._log_limit)
         except OSError as error:
             complain(f"{deploy_id(vm_id)}: no console log: {error}")
         self._interest(console)

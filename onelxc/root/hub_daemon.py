@@ -22,8 +22,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from onelxc import command
-from onelxc.errors import HelperError
+from onelxc import command, config
+from onelxc.errors import ConfigurationError, HelperError
 from onelxc.names import RUN, deploy_id
 from onelxc.root import consolelog
 from onelxc.root.consoles import Consoles, complain
@@ -39,12 +39,12 @@ REFRESHES_AT_ONCE = 2
 class Hub:
     """The daemon."""
 
-    def __init__(self, idle_s: float) -> None:
+    def __init__(self, idle_s: float, log_limit: int) -> None:
         self._idle_s = idle_s
         self._events: queue.SimpleQueue[Started | Gone] = queue.SimpleQueue()
         self._running = _read_seen()
         self._watcher = Watcher(self._deliver, self._running)
-        self._consoles = Consoles(self._watcher.again)
+        self._consoles = Consoles(self._watcher.again, log_limit)
         self._waiting: deque[int] = deque()
         self._refreshing: dict[int, subprocess.Popen[bytes]] = {}
         self._stopped = False
@@ -168,6 +168,15 @@ def _bound_own_log() -> None:
         pass  # systemd's journal, which bounds itself.
 
 
+def _log_limit() -> int:
+    """Bytes of one console log. A configuration that is wrong stops deploys; those who run go on."""
+    try:
+        return config.host().console_log_kib * 1024
+    except ConfigurationError as error:
+        complain(str(error))
+        return consolelog.LIMIT
+
+
 def _lock(held: int) -> bool:
     """Lock the pid file; those who only look whether it is locked hold it for a moment."""
     for _ in range(50):
@@ -196,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
         os.close(log)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
-    hub = Hub(idle_s)
+    hub = Hub(idle_s, _log_limit())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda _number, _frame: hub.stop())
     hub.run()

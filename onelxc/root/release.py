@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from onelxc import command, names
+from onelxc import command, names, vnc
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
 from onelxc.root import cgroups, execution, holders, mounts, orphans, record, syscalls, validate
@@ -57,6 +57,7 @@ def everything(work: Work) -> None:
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
+    steps.run(lambda: _stop_vnc(work.vm_id))
     steps.run(lambda: remove_network_devices(work.vm_id))
     steps.run(lambda: unmount_all(work))
     for entry in entries:
@@ -66,6 +67,16 @@ def everything(work: Work) -> None:
     _remove_directories(work)
     work.journal.clear()
     shutil.rmtree(work.paths.state, ignore_errors=True)
+
+
+def _stop_vnc(vm_id: int) -> None:
+    """A record that cannot be read (another version's) keeps a port at most, and must not keep the VM."""
+    try:
+        found = record.read(vm_id)
+    except StorageError:
+        return
+    if found is not None and found.vm.graphics is not None:
+        vnc.stop(found.vm.graphics.port)
 
 
 def undo(work: Work) -> None:

@@ -69,7 +69,7 @@ def _copy(stream: socket.socket, *, terminal: bool) -> None:
                         return
                     while data:
                         data = data[os.write(1, data) :]
-                elif terminal and ESCAPE in data:
+                elif terminal and (ESCAPE in data or not data):  # or the terminal was closed
                     return
                 elif data:
                     stream.sendall(data)
