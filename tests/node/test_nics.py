@@ -21,7 +21,7 @@ from onelxc.report import Report
 from onelxc.root import network
 from onelxc.root.links import Namespace
 from tests.support import machine
-from tests.support.fixtures import REPOSITORY
+from tests.support.frontends import REPOSITORY
 from tests.support.stream import Outcome
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
@@ -300,6 +300,39 @@ def test_a_pci_interface_that_is_not_there_fails_the_deploy(vm: NewVm) -> None:
     assert line == (
         f"Cannot deploy VM {one.vm_id}: cannot use the PCI device 0000:81:00.1: it has no network interface (any more)"
     )
+
+
+@pytest.fixture
+def card() -> Iterator[str]:
+    """A PCI network card as the kernel shows one, with a veth for its interface: /sys is this test's own for a while."""
+    directory = "/sys/bus/pci/devices"
+    machine.command("mount", "-t", "tmpfs", "tmpfs", directory)
+    os.makedirs(f"{directory}/0000:81:00.1/net/card0")
+    machine.command("ip", "link", "add", "card0", "type", "veth", "peer", "name", "wire0")
+    machine.command("ip", "link", "set", "wire0", "up")
+    yield "card0"
+    machine.command("umount", directory)
+    if "wire0" in host_links():
+        machine.command("ip", "link", "delete", "wire0")
+
+
+def test_a_pci_interface_moves_into_the_container(vm: NewVm, card: str) -> None:
+    pci = {"PCI_ID": 0, "NIC_ID": 1, "TYPE": "NIC", "ADDRESS": "0000:81:00:1", "IP": "10.99.0.2"}
+    with privileged_allowed():
+        # the kernel lets no user namespace mount a /sys of which it hides a part here
+        one = vm(template={"PCI": pci}, user_template={"LXC_UNPRIVILEGED": "no"}).deployed().booted()
+        assert card not in host_links()
+        assert "inet 10.99.0.2/24" in link(one, "eth1")
+        assert "LOWER_UP" in link(one, "eth1")
+
+
+def test_a_pci_interface_that_the_host_uses_fails_the_deploy(vm: NewVm, card: str) -> None:
+    machine.command("ip", "address", "add", "10.99.0.1/24", "dev", card)
+    one = vm(template={"PCI": {"PCI_ID": 0, "NIC_ID": 1, "TYPE": "NIC", "ADDRESS": "0000:81:00:1"}})
+    line = failure(one, one.deploy())
+    assert line.startswith("Cannot use card0 as NIC 1 of VM")
+    assert line.endswith("this host uses it itself: it has the address 10.99.0.1/24")
+    assert card in host_links()
 
 
 def test_an_attach_that_is_killed_halfway_leaves_no_nic(plain: Vm, bridge: str) -> None:

@@ -33,8 +33,16 @@ def command(*argv: str, stdin: str | None = None, timeout_s: float = 60, check: 
 def domains() -> dict[str, int]:
     """Every domain that libvirt knows with its state, VIR_DOMAIN_*; inactive ones too."""
     connection = libvirt.open("lxc:///")
+    found = {}
     try:
-        return {domain.name(): domain.state()[0] for domain in connection.listAllDomains()}
+        for domain in connection.listAllDomains():
+            try:
+                found[domain.name()] = domain.state()[0]
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+                # it ended since it was listed
+        return found
     finally:
         connection.close()
 
