@@ -32,7 +32,7 @@ class Plain:
         for directory in ("bin", "proc", "sys", "dev", "tmp", ".oldroot"):
             os.makedirs(os.path.join(self.root, directory))
         shutil.copy("/bin/busybox", os.path.join(self.root, "bin"))
-        for applet in ("sh", "sleep", "dd", "seq", "cat", "true"):
+        for applet in ("sh", "env", "sleep", "dd", "seq", "cat", "true"):
             os.symlink("busybox", os.path.join(self.root, "bin", applet))
         with open(os.path.join(self.root, "main"), "w") as file:
             file.write(script)
