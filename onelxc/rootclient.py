@@ -21,6 +21,8 @@ from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import HELPER, Prepared, Vm
 from onelxc.report import Report
 
+ONE_SHOT_LIMIT_S = 120
+"""A probe that waits for ever would end the monitoring of its kind."""
 UNDO_LIMIT_S = 180
 """How long the helper may take to give everything back once its caller has left."""
 
@@ -156,11 +158,11 @@ def one_shot(verb: str, request: dict[str, Any] | None = None, report: Report | 
     """A verb that concerns the host and no single VM: `reap`, `check` …"""
     process, stderr = _start([verb])
     try:
-        out, _ = process.communicate((json.dumps(request or {}) + "\n").encode())
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+        out, _ = process.communicate((json.dumps(request or {}) + "\n").encode(), ONE_SHOT_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        # it is root's, and cannot be killed from here; what it has begun it ends without us
+        stderr.close()
+        raise HelperError(f"Cannot ask the root helper to {verb}: no answer within {ONE_SHOT_LIMIT_S} s") from None
     with stderr:
         for line in out.splitlines():
             message = _parse(line)
