@@ -65,27 +65,32 @@ def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
 
 @dataclass(frozen=True)
 class Known:
-    """What root's record says of a VM. `ours` also where only something left over from it is known."""
+    """What root's record says of a VM. `ours` also where only something left over from it is known; `lost` where its
+    image was deleted under it."""
 
     ours: bool
     init: Init
     paused: bool
+    lost: bool
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Known:
         """From the helper's answer to `record`."""
         prepared = record["prepared"]
         init = Init(prepared["init"]) if prepared else Init.OTHER
-        return cls(ours=bool(record["ours"]), init=init, paused=bool(record["paused"]))
+        return cls(ours=bool(record["ours"]), init=init, paused=bool(record["paused"]), lost=bool(record["lost"]))
 
 
 def lives_already(hypervisor: Hypervisor, name: str, known: Known) -> bool:
-    """Whether a deploy has nothing to do. HypervisorError if the name belongs to a container that is not ours."""
+    """Whether a deploy has nothing to do. HypervisorError if the name belongs to a container that is not ours.
+
+    A container whose image was deleted is one of before (a resubmit, whose cancel has not come yet): it does not count.
+    """
     domain = hypervisor.find(name)
     if domain is None:
         return False
     _refuse_foreign(domain, known)
-    return domain.alive()
+    return domain.alive() and not known.lost
 
 
 def ours(hypervisor: Hypervisor, name: str, known: Known) -> Domain | None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from onelxc.model import STATE, VmPaths
 from onelxc.root import loops, mounts, orphans, syscalls
 
 
@@ -158,3 +159,13 @@ def _on_device(path: str, device: int) -> bool:
         return os.stat(path).st_dev == device
     except OSError:
         return False
+
+
+def lost_roots() -> set[int]:
+    """The VMs whose root image has been deleted while it is mounted; a disk that was attached later may go."""
+    found = set()
+    for device, point in mounted_devices(os.path.join(STATE, "mnt")):
+        vm_id = os.path.basename(os.path.dirname(point))
+        if vm_id.isdigit() and point == VmPaths(int(vm_id)).root and is_lost(device):
+            found.add(int(vm_id))
+    return found

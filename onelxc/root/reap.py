@@ -42,7 +42,7 @@ def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]
     groups: dict[int, list[cgroups.Group]] = {}
     for group in cgroups.groups():
         groups.setdefault(group.vm_id, []).append(group)
-    lost = _with_lost_roots()
+    lost = holders.lost_roots()
     found = []
     for vm_id in _ours():
         try:
@@ -102,7 +102,7 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
     try:
         release.undo(work)  # what a killed helper left of an attach does not make the VM dead
         groups = list(cgroups.groups(vm_id))
-        deployed = os.path.exists(work.paths.record) and not (lost and vm_id in _with_lost_roots())
+        deployed = os.path.exists(work.paths.record) and not (lost and vm_id in holders.lost_roots())
         if deployed and (_controlled(groups) or _libvirt_says_running(vm_id)):
             return _live_state(vm_id, list(cgroups.groups(vm_id)))
         log(f"releasing VM {vm_id}: " + ("its image was deleted" if lost else "it has ended"))
@@ -123,13 +123,3 @@ def _libvirt_says_running(vm_id: int) -> bool:
             return domain is not None and domain.state() is not hypervisor.State.ENDED
     except HypervisorError:
         return False
-
-
-def _with_lost_roots() -> set[int]:
-    """The VMs whose root image has been deleted while it is mounted; a disk that was attached later may go."""
-    found = set()
-    for device, point in holders.mounted_devices(os.path.join(STATE, "mnt")):
-        vm_id = os.path.basename(os.path.dirname(point))
-        if vm_id.isdigit() and point == VmPaths(int(vm_id)).root and holders.is_lost(device):
-            found.add(int(vm_id))
-    return found

@@ -83,13 +83,19 @@ def commit(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: `{"ours": bool, "vm": …, "prepared": …, "paused": why or ""}`."""
+    """The verb: `{"ours": bool, "vm": …, "prepared": …, "paused": why or "", "lost": bool}`.
+
+    "lost": the root image was deleted under the container, so that what runs is not what OpenNebula means any more.
+    """
+    from onelxc.root import holders
+
     found = read(work.vm_id)
     return {
         "ours": found is not None or os.path.exists(work.paths.journal),
         "vm": model.to_json(found.vm) if found else None,
         "prepared": model.to_json(found.prepared) if found else None,
         "paused": paused(work.vm_id),
+        "lost": work.vm_id in holders.lost_roots(),
     }
 
 

@@ -83,6 +83,8 @@ def undo(work: Work) -> None:
     """Give back what was taken and never committed, last in, first out. All of it: the record that was staged, too."""
     entries = [entry for entry in work.journal.held() if not entry.committed]
     if not entries and not os.path.exists(work.paths.record + ".new"):
+        if not os.path.exists(work.paths.record):
+            _remove_directories(work)
         return
     if not os.path.exists(work.paths.record):
         everything(work)  # nothing was ever kept of this VM

@@ -194,7 +194,8 @@ class Session:
         self._on_pipe(signal.SIGIO, None)
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        self._interrupt("it was told to stop")
+        # a cancel asks with SIGTERM (lock._ask_to_give_up)
+        self._interrupt("it was cancelled meanwhile" if number == signal.SIGTERM else "it was told to stop")
 
     def _on_pipe(self, number: int, frame: FrameType | None) -> None:
         poll = select.poll()
