@@ -304,7 +304,7 @@ def test_a_pci_interface_that_is_not_there_fails_the_deploy(vm: NewVm) -> None:
 
 @pytest.fixture
 def card() -> Iterator[str]:
-    """A PCI network card as the kernel shows one, with a veth for its interface: /sys is this test's own for a while."""
+    """A PCI network card as the kernel shows one, with a veth for its interface: /sys is this test's own meanwhile."""
     directory = "/sys/bus/pci/devices"
     machine.command("mount", "-t", "tmpfs", "tmpfs", directory)
     os.makedirs(f"{directory}/0000:81:00.1/net/card0")
