@@ -15,12 +15,16 @@ from tests.support.vms import HOST, Driver, Vm
 
 CONTEXT = "DISK_ID='3'\nETH0_IP='192.168.150.100'\nNETWORK='YES'\n"
 BRIDGE = "onebr0"
+NOT_STREAMED = ("exec", "exec_cancel", "poll", "resize", "snapshot_create", "snapshot_delete")
+"""Actions that one_vmm_exec.rb runs by do_action without an ssh stream."""
 
 
 class Staged:
     """One capture, `<case>/<action>`, and the VM that it is about. `one` is the VM as the other fixtures know it."""
 
-    def __init__(self, driver: Driver, one: Vm, case: str, scratch: Path) -> None:
+    def __init__(self, driver: Driver, one: Vm, case: str, scratch: Path, root_mb: int | None) -> None:
+        """`root_mb` is the size of disk.0 before the action, if not the one in its XML."""
+        self.root_mb = root_mb
         self.driver = driver
         self.one = one
         self.capture = captures.named(f"7.4.0/{case}")
@@ -37,6 +41,7 @@ class Staged:
             path = self.one.path(f"disk.{disk.findtext('DISK_ID')}")
             size = int(disk.findtext("SIZE") or "0") << 20
             if disk.findtext("DISK_ID") == "0":
+                size = self.root_mb << 20 if self.root_mb else size
                 machine.command("cp", "--sparse=always", images.busybox_ext4(), path)
             else:
                 with open(path, "wb") as file:
@@ -47,12 +52,14 @@ class Staged:
                     machine.command("mkfs.ext4", "-q", "-F", path)
             os.truncate(path, size)
             self.one.give(path)
-        tree = scratch / "context"
-        tree.mkdir()
-        (tree / "context.sh").write_text(CONTEXT)
-        self.write_context(tree)
+        self.scratch = scratch
+        self.write_context(CONTEXT)
 
-    def write_context(self, tree: Path) -> None:
+    def write_context(self, text: str) -> None:
+        """The context ISO, as `tm context` makes it anew."""
+        tree = self.scratch / "context"
+        tree.mkdir(exist_ok=True)
+        (tree / "context.sh").write_text(text)
         path = self.one.path("disk.3")
         if os.path.exists(path):
             os.unlink(path)
@@ -83,7 +90,9 @@ class Staged:
         assert capture.generation is Generation.MONITORD
         # the front-end that was watched had its driver's directory called lxc
         program = os.path.join(self.driver.directory, capture.action)
-        return Running(" ".join([program, *capture.argv[1:]]), capture.read().decode(), quoted=True)
+        command = " ".join([program, *(word.replace(" ", "\\ ") for word in capture.argv[1:])])
+        streamed = capture.action not in NOT_STREAMED
+        return Running(command, capture.read().decode(), quoted=True, streamed=streamed)
 
     def send(self, case: str | None = None) -> Outcome:
         return self.start(case).wait()

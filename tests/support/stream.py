@@ -22,6 +22,11 @@ FRAME = re.compile(r"^ERROR MESSAGE --8<------\n(.*?)ERROR MESSAGE ------>8--$",
 LOG_LINE = re.compile(r"^(ERROR|INFO|WARN|DEBUG):\s+(\d+)?\s*(.*)$")
 
 
+def remote_command(command: str) -> str:
+    """What ssh's other end is given for one command; 42 asks OpenNebula to copy the remotes."""
+    return f'if [ -x "{command.split(" ", maxsplit=1)[0]}" ]; then {command}; else exit 42; fi'
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What OpenNebula got from an action."""
@@ -50,11 +55,12 @@ class Outcome:
 class Running:
     """An action that was started; `wait` for its outcome, or `hang_up` as when the connection is lost."""
 
-    def __init__(self, command: str, stdin: str | None, *, quoted: bool) -> None:
+    def __init__(self, command: str, stdin: str | None, *, quoted: bool, streamed: bool = True) -> None:
+        """`streamed` as above; else as RemotesCommand (CommandManager.rb): a shell for this one command, stdin closed."""
         account = pwd.getpwnam(USER)
         environment = {"PATH": PATH, "HOME": account.pw_dir, "USER": USER, "LOGNAME": USER, "SHELL": "/bin/bash"}
         self.process = subprocess.Popen(
-            ["bash", "-s"],
+            ["bash", "-s"] if streamed else ["bash", "-c", remote_command(command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -65,10 +71,15 @@ class Running:
             extra_groups=os.getgrouplist(USER, account.pw_gid),
             start_new_session=True,
         )
-        if stdin is not None:
+        self.streamed = streamed
+        if streamed and stdin is not None:
             command = f"cat << {chr(39) + 'EOT' + chr(39) if quoted else 'EOT'} | {command}"
-        text = f'({command}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"'.replace("\n", "") + "\n"
-        if stdin is not None:
+        text = (
+            (stdin or "")
+            if not streamed
+            else f'({command}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"'.replace("\n", "") + "\n"
+        )
+        if streamed and stdin is not None:
             text += f"{stdin}\nEOT\n"
         self.out = bytearray()
         self.err = bytearray()
@@ -87,7 +98,9 @@ class Running:
         try:
             self.process.stdin.write(data)
             self.process.stdin.flush()
-        except BrokenPipeError:
+            if not self.streamed:
+                self.process.stdin.close()
+        except (BrokenPipeError, ValueError):
             pass
 
     def _read(self, pipe: object, into: bytearray) -> None:
@@ -102,6 +115,8 @@ class Running:
                 return
 
     def _answered(self) -> bool:
+        if not self.streamed:
+            return self._open == 0
         return b"EOF_OUT\n" in self.out and EXIT_CODE.search(bytes(self.err)) is not None
 
     @property
@@ -116,6 +131,8 @@ class Running:
             answered, out, err = self._answered(), bytes(self.out), bytes(self.err)
         self._end(answered)
         assert answered, f"no answer within {timeout_s:g} s\nstdout: {out!r}\nstderr: {err!r}"
+        if not self.streamed:
+            return Outcome(out.decode(), err.decode(), self.process.returncode)
         found = EXIT_CODE.search(err)
         assert found
         err = err[: found.start()] + err[found.end() :]
@@ -132,7 +149,7 @@ class Running:
     def _end(self, answered: bool) -> None:
         assert self.process.stdin
         try:
-            if answered:
+            if answered and self.streamed:
                 self.process.stdin.write(b"\nexit\n")
                 self.process.stdin.flush()
             self.process.stdin.close()
