@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
-from onelxc import domainxml, model, wire
+from onelxc import command, domainxml, model, wire
 from onelxc.errors import CommandError, ConfigurationError, HelperError, HypervisorError, NotSupportedError
 from onelxc.model import Nic, Vm, nic_device
 from onelxc.names import ifb_device
@@ -30,6 +31,7 @@ from onelxc.root.work import Work
 
 ARRIVES_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,14}\Z")
+_OVS_SOCKET = "/run/openvswitch/db.sock"
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")
 
 
@@ -199,13 +201,45 @@ def _nic(work: Work, request: dict[str, Any]) -> Nic:
 
 def _look_at_bridge(host: Namespace, vm_id: int, nic: Nic) -> None:
     """libvirt says no more of a missing bridge than the kernel's error number."""
-    if nic.bridge_type == "linux":
+    if nic.bridge_type == "openvswitch":
+        if not _is_switch(nic.bridge):
+            raise ConfigurationError(
+                f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.bridge} is no Open vSwitch of this host"
+            )
+    else:
         bridge = host.link(nic.bridge)
         if bridge is None or bridge.kind != "bridge":
             what = "no interface" if bridge is None else "no bridge"
             raise ConfigurationError(
                 f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.bridge} is {what} of this host"
             )
+
+
+def remove_ports(vm: Vm) -> None:
+    """Take the VM's NICs out of their Open vSwitch. libvirt does so too, unless the container ended without it."""
+    for nic in vm.nics:
+        if nic.bridge_type == "openvswitch":
+            remove_port(nic.device)
+
+
+def remove_port(device: str) -> None:
+    """Where Open vSwitch does not run there is nothing to take out."""
+    if os.path.exists(_OVS_SOCKET):
+        command.run(
+            ["ovs-vsctl", "-t", "20", "--if-exists", "del-port", device], verb=f"take {device} out of its switch"
+        )
+
+
+def _is_switch(name: str) -> bool:
+    if not os.path.exists(_OVS_SOCKET):
+        return False
+    try:
+        command.run(["ovs-vsctl", "-t", "20", "br-exists", name], verb=f"look for {name}")
+    except CommandError as error:
+        if error.status == 2:
+            return False
+        raise
+    return True
 
 
 def _arrived(host: Namespace, inside: Namespace, vm_id: int, nic: Nic) -> tuple[Link, Link]:

@@ -122,7 +122,8 @@ def kill(pid: int) -> None:
 def _forget_domain(vm_id: int) -> None:
     """Free the name: wait until libvirt has noticed the end; a zombie, which it has no file of, goes by destroy.
 
-    A libvirtd that does not run is no error: there is then nobody who could use the name either.
+    A libvirtd that does not run is no error; it must only not find the container in its files when it comes back, for
+    that would be a zombie that keeps the name from a VM that is not ours any more.
     """
     name = names.deploy_id(vm_id)
     noticed = time.monotonic() + CONTROLLER_ENDS_S
@@ -134,12 +135,23 @@ def _forget_domain(vm_id: int) -> None:
             command.run([*VIRSH, "destroy", name], timeout_s=DEATH_S)
         except CommandError as error:
             text = str(error)
-            if "failed to get domain" in text or "failed to connect" in text:
+            if "failed to connect" in text:
+                _remove_state_files(name)
+                return
+            if "failed to get domain" in text:
                 return
             # "domain is not running" is how libvirt says that it has just removed the zombie
             if time.monotonic() > deadline:
                 raise HypervisorError(f"Cannot end {name}: {error}") from error
         time.sleep(0.02)
+
+
+def _remove_state_files(name: str) -> None:
+    for suffix in ("xml", "pid"):
+        try:
+            os.unlink(os.path.join(LIBVIRT_STATE, f"{name}.{suffix}"))
+        except FileNotFoundError:
+            pass
 
 
 def _has_state_file(name: str) -> bool:

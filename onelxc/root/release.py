@@ -59,6 +59,7 @@ def everything(work: Work) -> None:
     steps.run(lambda: execution.forget(work.vm_id))
     steps.run(lambda: _stop_vnc(work.vm_id))
     steps.run(lambda: remove_network_devices(work.vm_id))
+    steps.run(lambda: _remove_ports(work))
     steps.run(lambda: unmount_all(work))
     for entry in entries:
         steps.run(lambda: give_back(work, entry))  # noqa: B023
@@ -200,6 +201,15 @@ def remove_network_devices(vm_id: int) -> None:
         except CommandError:
             if os.path.exists(os.path.join(NET, device)):
                 raise
+
+
+def _remove_ports(work: Work) -> None:
+    """What an Open vSwitch still has of the VM's NICs."""
+    found = record.newest(work.vm_id)
+    if found is not None and any(nic.bridge_type == "openvswitch" for nic in found.vm.nics):
+        from onelxc.root import network
+
+        network.remove_ports(found.vm)
 
 
 def _is_veth(device: str) -> bool:
