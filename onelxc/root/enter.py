@@ -56,6 +56,16 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(number, os.strerror(number), f"prctl {option}")
 
 
+def _limit(kind: int, soft: int, hard: int) -> None:
+    """Set a resource limit; where even root may not raise it (no CAP_SYS_RESOURCE), to the most that is left."""
+    try:
+        resource.setrlimit(kind, (soft, hard))
+    except ValueError:
+        most = resource.getrlimit(kind)[1]
+        infinite = resource.RLIM_INFINITY
+        resource.setrlimit(kind, (most if soft == infinite or soft > most != infinite else soft, most))
+
+
 def main(argument: str) -> None:
     """Never returns."""
     descriptor = int(argument)
@@ -66,7 +76,7 @@ def main(argument: str) -> None:
         _prctl(_PR_SET_DUMPABLE, 0)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         for kind, limits in spec["limits"]:
-            resource.setrlimit(kind, tuple(limits))
+            _limit(kind, *limits)
         for group in spec["groups"]:
             os.write(group, b"0")
             os.close(group)

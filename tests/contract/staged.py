@@ -74,6 +74,10 @@ class Staged:
         for element in [*template.findall("DISK"), *template.findall("NIC"), *template.findall("NIC_ALIAS")]:
             if element.findtext("ATTACH") == "YES":
                 template.remove(element)
+        if self.root_mb:
+            size = template.find("DISK[DISK_ID='0']/SIZE")
+            assert size is not None
+            size.text = str(self.root_mb)
         for old in template.findall("RESIZE/*"):
             present = template.find(old.tag)
             assert present is not None

@@ -168,7 +168,13 @@ def test_resize_disk(stage: Stage) -> None:
     one = stage("disk_resize_live/resize_disk", root_mb=64).deployed()
     before = int(one.one.inside("df -m / | awk 'END { print $2 }'"))
     os.truncate(one.one.path("disk.0"), 96 << 20)  # what the transfer manager did before
-    assert one.send() == SILENT
+    outcome = one.send()
+    if not machine.may_grow_mounted():
+        # the machine that these tests run on; the emulated one can
+        assert (outcome.out, outcome.err, outcome.code) == ("", outcome.message + "\n", 1)
+        assert "CAP_SYS_RESOURCE" in outcome.message
+        return
+    assert outcome == SILENT
     assert int(one.one.inside("df -m / | awk 'END { print $2 }'")) > before + 16
 
 
@@ -181,7 +187,7 @@ def test_resize(stage: Stage) -> None:
 
 def executions(driver: Driver) -> str:
     directory = os.path.join(REMOTES, "im/onelxc-probes.d/vm/execution")
-    probes = sorted(os.listdir(directory))
+    probes = sorted(name for name in os.listdir(directory) if name.startswith("onelxc"))
     return "".join(driver.probe(f"onelxc-probes.d/vm/execution/{name}", "onelxc", 2, HOST).ok().out for name in probes)
 
 

@@ -56,7 +56,7 @@ class Running:
     """An action that was started; `wait` for its outcome, or `hang_up` as when the connection is lost."""
 
     def __init__(self, command: str, stdin: str | None, *, quoted: bool, streamed: bool = True) -> None:
-        """`streamed` as above; else as RemotesCommand (CommandManager.rb): a shell for this one command, stdin closed."""
+        """`streamed` as above; else as RemotesCommand (CommandManager.rb): a shell for one command, its stdin ends."""
         account = pwd.getpwnam(USER)
         environment = {"PATH": PATH, "HOME": account.pw_dir, "USER": USER, "LOGNAME": USER, "SHELL": "/bin/bash"}
         self.process = subprocess.Popen(
@@ -74,13 +74,11 @@ class Running:
         self.streamed = streamed
         if streamed and stdin is not None:
             command = f"cat << {chr(39) + 'EOT' + chr(39) if quoted else 'EOT'} | {command}"
-        text = (
-            (stdin or "")
-            if not streamed
-            else f'({command}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"'.replace("\n", "") + "\n"
-        )
-        if streamed and stdin is not None:
-            text += f"{stdin}\nEOT\n"
+        if streamed:
+            line = f'({command}); echo "ExitCode: $? EOF_ERR" 1>&2; echo "EOF_OUT"'
+            text = line.replace("\n", "") + "\n" + ("" if stdin is None else f"{stdin}\nEOT\n")
+        else:
+            text = stdin or ""
         self.out = bytearray()
         self.err = bytearray()
         self._changed = threading.Condition()
