@@ -134,9 +134,10 @@ take_modes() {
 
 refuse_without_rights() {
     local owner=${data_files%%:*} me
+    [ "$dry_run" = no ] || return 0
     me=$(id -un)
     [ "$(id -u)" -eq 0 ] || [ "$me" = "$owner" ] || die "$remotes belongs to $owner: run install.sh as root or as $owner, not as $me"
-    [ "$dry_run" = yes ] || [ -w "$remotes" ] || die "cannot write to $remotes: run install.sh as root"
+    [ -w "$remotes" ] || die "cannot write to $remotes: run install.sh as root"
 }
 
 # Kept with @remotes@ and @etc@ for the two roots, so that a moved installation still finds its files. Whoever owns the

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,37 @@ def test_pull_places(pull: Path) -> None:
     for name in os.listdir(BUNDLE / "remotes/im/lxc.d"):
         assert os.access(remotes / "im/lxc.d" / name, os.X_OK)
     assert (remotes / "onelxc/model.py").is_file()
+
+
+# A packaged installation: found without being told where, its configuration stays root's and readable by oneadmin.
+@pytest.mark.parametrize("kind", [trees.pull, trees.monitord])
+def test_packaged(kind: Callable[[Path], Path], tmp_path: Path) -> None:
+    trees.packaged(tmp_path, kind)
+    before = trees.snapshot(tmp_path)
+    put = ["/etc/one", "/usr/lib/one", "/var/lib/one/remotes"]
+    assert not [path for path in put if os.path.exists(path)]
+    try:
+        for path in put:
+            os.makedirs(path)
+            subprocess.run(["mount", "--bind", f"{tmp_path}{path}", path], check=True)
+        install()
+        assert "Everything is in place already." in install()
+        if kind is trees.pull:
+            conf = Path("/etc/one/vmm_exec/vmm_exec_lxc.conf")
+            assert stat.filemode(conf.stat().st_mode) == "-rw-r-----"
+            assert (conf.stat().st_uid, conf.stat().st_gid) == (0, trees.ONEADMIN)
+            assert os.readlink("/var/lib/one/remotes/vmm/lxc/vmm_exec_lxc.conf") == str(conf)
+        else:
+            assert Path("/var/lib/one/remotes/etc/vmm/onelxc/vmm_exec_lxc.conf").stat().st_uid == trees.ONEADMIN
+            assert trees.snapshot(tmp_path / "etc") == {
+                name[len("etc/") :]: what for name, what in before.items() if name.startswith("etc/")
+            }
+        install("--uninstall")
+        assert trees.snapshot(tmp_path) == before
+    finally:
+        for path in put:
+            subprocess.run(["umount", path], check=False)
+            os.rmdir(path)
 
 
 # ONE_LOCATION in the environment is as good as -d, and `front-end` is what install.sh does without a command.

@@ -6,7 +6,9 @@ The contents are the tests' own. Sources of the layout: install.sh at release-3.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 FRAME = "echo ERROR MESSAGE --8<------\n"
@@ -91,6 +93,21 @@ def monitord(root: Path, version: str = "7.4.0", *, framed: bool = False) -> Pat
     (root / "var/remotes/VERSION").write_text(version + "\n")
     (root / "var/remotes/scripts_common.sh").write_text(FRAME if framed else "# errors go to stderr\n")
     return _owned(root)
+
+
+PACKAGED = {"etc": "etc/one", "lib": "usr/lib/one", "var/remotes": "var/lib/one/remotes"}
+
+
+def packaged(root: Path, kind: Callable[[Path], Path]) -> None:
+    """The same as packages lay it out below `root`: configuration is root's, readable by oneadmin's group."""
+    made = kind(root / "made")
+    for ours, theirs in PACKAGED.items():
+        (root / theirs).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made / ours, root / theirs)
+    shutil.rmtree(made)
+    for path in (root / "etc/one", *(root / "etc/one").rglob("*")):
+        os.lchown(path, 0, ONEADMIN)
+        path.chmod(0o750 if path.is_dir() else 0o640)
 
 
 def snapshot(root: Path, *, but: str = "") -> dict[str, str]:
