@@ -25,6 +25,7 @@ deploy_id = names.deploy_id
 vm_id_of = names.vm_id_of
 nic_device = names.nic_device
 
+VETH_MTU = 1500
 ID_RANGE = 65536
 """User and group ids of one unprivileged container."""
 
@@ -112,6 +113,12 @@ class Nic:
     outbound: Bandwidth | None = None
     attach: bool = False
     pci_address: str = ""
+
+    @property
+    def beyond_libvirt(self) -> bool:
+        """Whether its start leaves something to do that libvirt's LXC driver cannot: an MTU other than a veth's own,
+        limits, name and addresses of a PCI card."""
+        return self.mtu not in (None, VETH_MTU) or bool(self.inbound or self.outbound or self.pci_address)
 
 
 @dataclass(frozen=True)

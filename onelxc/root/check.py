@@ -163,6 +163,18 @@ def veth() -> Iterator[Problem]:
     """Tried where nobody sees it, in a network namespace of its own."""
     if not _works(["unshare", "--net", "ip", "link", "add", "onelxc0", "type", "veth", "peer", "name", "onelxc1"]):
         yield Problem(False, "this kernel makes no veth pairs: containers cannot have network interfaces")
+        return
+    if shutil.which("tc", path=command.PATH) is None:
+        return
+    bucket = "tc qdisc add dev lo root tbf rate 1mbit burst 64kb latency 1s"
+    if not _works(["unshare", "--net", "sh", "-c", bucket]):
+        yield Problem(False, "this kernel has no token buckets (sch_tbf): limits of NICs are not kept")
+        return
+    everything = "tc filter add dev lo parent ffff: protocol all prio 1 u32 match u32 0 0 action"
+    led = f"ip link add ifb9 type ifb && {everything} mirred egress redirect dev ifb9"
+    dropped = f"{everything} police rate 1mbit burst 64kb conform-exceed drop"
+    if not _works(["unshare", "--net", "sh", "-c", f"tc qdisc add dev lo ingress && {{ {led} || {dropped}; }}"]):
+        yield Problem(False, "this kernel has neither ifb nor act_police: OUTBOUND limits of NICs are not kept")
 
 
 def programs() -> Iterator[Problem]:

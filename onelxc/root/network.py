@@ -119,7 +119,7 @@ def settle(found: record.Record, log: Callable[[str], None]) -> None:
     """
     vm = found.vm
     interfaces = dict(found.prepared.interfaces)
-    if not any(nic.mtu or nic.inbound or nic.outbound or nic.nic_id in interfaces for nic in vm.nics):
+    if not any(nic.beyond_libvirt for nic in vm.nics):
         return
     with Namespace() as host, Namespace.of_vm(vm.vm_id) as inside:
         outside = {link.name: link for link in host.links()}

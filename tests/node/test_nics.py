@@ -23,7 +23,7 @@ from onelxc.root.links import Namespace
 from tests.support import machine
 from tests.support.frontends import REPOSITORY
 from tests.support.stream import Outcome
-from tests.support.vms import MONITORD, Vm
+from tests.support.vms import MONITORD, PULL, Vm
 from tests.support.waiting import wait_until
 
 NewVm = Callable[..., Vm]
@@ -265,6 +265,15 @@ def test_a_bridge_that_is_missing(plain: Vm) -> None:
     line = failure(plain, attach(plain, "nobr", IP="10.77.0.11"))
     assert line == f"Cannot attach NIC 1 to VM {plain.vm_id}: nobr is no interface of this host"
     assert f"{plain.name}-1" not in host_links()
+
+
+@pytest.mark.parametrize("driver", [PULL, MONITORD], indirect=True)
+def test_a_bridge_that_is_missing_at_the_start(vm: NewVm) -> None:
+    one = vm()
+    one.add_nic("nobr", IP="10.77.0.10")
+    line = failure(one, one.deploy())
+    assert line == f"Cannot start {one.name}: Unable to add bridge nobr port {one.name}-0: No such device"
+    assert one.name not in machine.domains()
 
 
 def test_a_nic_that_is_there_already(plain: Vm, bridge: str) -> None:
