@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from onelxc.root import execution
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 from tests.support.plain_container import Container, eventually
+from tests.support.stream import Outcome
+from tests.support.vms import MONITORD, Vm
+from tests.support.waiting import wait_until
 
 BASE = 1879048192
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -210,6 +214,7 @@ def test_right_after_create_it_waits_for_init(container: Callable[..., Container
 # itself, nor something executed from the container's own files.
 SPY = """
 import os
+import re
 own = {os.stat("/bin/busybox").st_ino, os.stat("/proc/self/exe").st_ino}
 mine = os.getpid()
 refused = 0
@@ -273,3 +278,33 @@ def test_a_hostile_container_gets_hold_of_nothing(container: Callable[..., Conta
     else:
         # root of the host's user namespace may look, but all of it lies on read-only mounts (30 is EROFS)
         assert "KEPT 30" in said, f"it never met one in the window: this test has shown nothing: {said}"
+
+
+@pytest.mark.generation(MONITORD)
+def test_as_opennebula_calls_it(vm: Callable[..., Vm]) -> None:
+    one = vm().deployed().booted()
+    command = "'echo said; echo wrong >&2; cat; exit 3'"  # one.vm.exec, Shellwords.escape: onevm's user quotes for us
+    stdin = base64.b64encode(b"read").decode()
+
+    def execute(command: str) -> Outcome:
+        xml = one.action_xml(lcm_state=17)
+        return one.driver("exec", one.vm_id, "node1", command, stdin, stdin=xml)
+
+    def probe() -> str:
+        return one.driver.probe("onelxc-probes.d/vm/execution/onelxc", "onelxc", 0, "node1", stdin="<X/>").ok().out
+
+    assert execute(command).ok().out == ""
+    said = wait_until(probe, "the result is told", timeout_s=30)
+    numbers = dict(re.findall(r'(\w+)="([^"]*)"', said))
+    assert said.startswith(f'VM = [ ID="{one.vm_id}", PID="')
+    assert (numbers["STATUS"], numbers["RETURN_CODE"]) == ("DONE", "3")
+    assert [base64.b64decode(numbers[name]) for name in ("STDOUT", "STDERR")] == [b"said\nread", b"wrong\n"]
+    assert probe() == ""
+
+    execute("'sleep 1000'").ok()
+    outcome = execute("true")
+    assert outcome.code == 1
+    assert outcome.message == f"Cannot execute in {one.name}: a command is still being executed there"
+    assert one.driver("exec_cancel", one.vm_id, "node1", stdin=one.action_xml(lcm_state=17)).ok().out == ""
+    assert one.inside("ps | grep -c '[s]leep 1000'", check=False) == "0\n"
+    assert probe() == ""
