@@ -16,6 +16,8 @@ from onelxc.hypervisor import Domain, Hypervisor, State
 from onelxc.model import Init
 
 QUOTED_LINES = 3
+STARTS = 4
+"""Of one container, when libvirt lets go of it (see `hypervisor`): one in twenty, so that four fail never."""
 
 
 def stop(domain: Domain, init: Init, *, limit_s: float, force: bool, meanwhile: Callable[[], None]) -> None:
@@ -40,7 +42,7 @@ def reboot(
     """Restart by asking init, by force where it knows no reboot, does not come back in time or just ends."""
     xml = domain.xml()
     controller = domain.controller_pid()
-    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s, meanwhile):
+    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s, meanwhile) and domain.in_hand():
         return domain
     return restart(hypervisor, domain, xml)
 
@@ -53,14 +55,18 @@ def restart(hypervisor: Hypervisor, domain: Domain, xml: str) -> Domain:
 
 def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
     """Create a container and see that it lives. HypervisorError, with nothing left in libvirt, if it does not."""
-    domain = hypervisor.create(xml, name)
-    try:
-        if domain.look_again():
-            return domain
-        raise HypervisorError(f"Cannot start {name}: its init ended at once")
-    except BaseException:
+    for _ in range(STARTS):
+        domain = hypervisor.create(xml, name)
+        try:
+            if not domain.look_again():
+                raise HypervisorError(f"Cannot start {name}: its init ended at once")
+            if domain.in_hand():
+                return domain
+        except BaseException:
+            domain.end()
+            raise
         domain.end()
-        raise
+    raise HypervisorError(f"Cannot start {name}: libvirt has lost its connection to the container {STARTS} times")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ VMs on which an action works just now are left to it. Containers that are not ou
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ from onelxc.root.work import Work
 
 if TYPE_CHECKING:
     from onelxc.config import HostConfig
+
+REBOOT_S = 5.0
+"""How long a container that reboots may be without a process, once libvirt has answered."""
 
 RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
 
@@ -103,7 +107,7 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
         release.undo(work)  # what a killed helper left of an attach does not make the VM dead
         groups = list(cgroups.groups(vm_id))
         deployed = os.path.exists(work.paths.record) and not (lost and vm_id in holders.lost_roots())
-        if deployed and (_controlled(groups) or _libvirt_says_running(vm_id)):
+        if deployed and (_controlled(groups) or _runs_again(vm_id)):
             return _live_state(vm_id, list(cgroups.groups(vm_id)))
         log(f"releasing VM {vm_id}: " + ("its image was deleted" if lost else "it has ended"))
         release.everything(work)
@@ -111,6 +115,21 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
     finally:
         journal.close()
         held.release()
+
+
+def _runs_again(vm_id: int) -> bool:
+    """Whether a container that has no processes runs after all: it was rebooting.
+
+    libvirt says "running" for ever of one whose end it did not notice (see `hypervisor`), and then it is none.
+    """
+    deadline = time.monotonic() + REBOOT_S
+    while _libvirt_says_running(vm_id):
+        if _controlled(list(cgroups.groups(vm_id))):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return False
 
 
 def _libvirt_says_running(vm_id: int) -> bool:

@@ -14,7 +14,11 @@ from onelxc.errors import OneLxcError
 from onelxc.root import record
 from onelxc.root.work import Work
 
-PARTS: tuple[tuple[str, str], ...] = (("onelxc.root.network", "refresh"), ("onelxc.root.livedisks", "refresh"))
+PARTS: tuple[tuple[str, str], ...] = (
+    ("onelxc.root.hold", "refresh"),
+    ("onelxc.root.network", "refresh"),
+    ("onelxc.root.livedisks", "refresh"),
+)
 """(module, function): called as `function(work, record)`, in this order."""
 
 

@@ -49,15 +49,17 @@ class Container:
         self.start()
 
     def start(self) -> None:
+        with libvirt.open("lxc:///") as connection:
+            connection.createXML(self.xml(deploy_id(self.vm_id)), 0)
+
+    def xml(self, name: str) -> str:
         idmap = f"<{{0}} start='0' target='{self.id_base}' count='65536'/>"
         idmap = f"<idmap>{idmap.format('uid')}{idmap.format('gid')}</idmap>" if self.id_base else ""
-        xml = f"""<domain type='lxc'><name>{deploy_id(self.vm_id)}</name><memory unit='KiB'>65536</memory><vcpu>1</vcpu>
+        return f"""<domain type='lxc'><name>{name}</name><memory unit='KiB'>65536</memory><vcpu>1</vcpu>
             {idmap}<features><privnet/></features>
             <os><type>exe</type><init>/bin/sh</init><initarg>/main</initarg></os>
             <devices><filesystem type='mount'><source dir='{self.root}'/><target dir='/'/></filesystem>{self.mounts}
             <console type='pty'/></devices></domain>"""
-        with libvirt.open("lxc:///") as connection:
-            connection.createXML(xml, 0)
 
     def end(self) -> None:
         with libvirt.open("lxc:///") as connection:
