@@ -126,6 +126,8 @@ class Session:
             line = self._line()
             if line is None:
                 raise HelperError(_why_no_answer(self._process, self._stderr))
+            if not line:
+                continue  # what a worker that was broken off had begun to say ends here
             message = _parse(line)
             if "log" in message:
                 self._report.info(str(message["log"]))

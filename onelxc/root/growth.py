@@ -37,7 +37,7 @@ def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         raise StorageError(f"Cannot resize disk {disk_id}: it is not mounted")
     before = _enlarge(work, disk, mount.source, size_mb)
     disks = tuple(dataclasses.replace(one, size_mb=size_mb) if one is disk else one for one in found.vm.disks)
-    record.stage(dataclasses.replace(found.vm, disks=disks), found.prepared)
+    record.stage(work, dataclasses.replace(found.vm, disks=disks), found.prepared)
     _grow(disk_id, mount.source, point)
     after = mounts.device_bytes(mount.source)
     work.log(f"disk {disk_id} grown from {before >> 20} to {after >> 20} MiB")

@@ -47,7 +47,7 @@ def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     prepared = dataclasses.replace(
         found.prepared, mounts=(*found.prepared.mounts, mount), devices=(*found.prepared.devices, *limited)
     )
-    record.stage(dataclasses.replace(found.vm, disks=(*found.vm.disks, disk)), prepared)
+    record.stage(work, dataclasses.replace(found.vm, disks=(*found.vm.disks, disk)), prepared)
     return {"target": target}
 
 
@@ -72,7 +72,7 @@ def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         mounts=tuple(mount for mount in found.prepared.mounts if mount.source != source),
         devices=tuple(pair for pair in found.prepared.devices if pair[0] != disk_id),
     )
-    record.stage(vm, prepared)
+    record.stage(work, vm, prepared)
     return {}
 
 

@@ -68,8 +68,18 @@ def try_acquire(vm_id: int, verb: str) -> VmLock | None:
     return VmLock(path, fd)
 
 
-def acquire(vm_id: int, verb: str, *, timeout_s: float, log: Callable[[str], None]) -> VmLock:
-    """Wait for the lock. A `cancel` asks every holder to give up, except those that are giving back themselves."""
+def acquire(
+    vm_id: int,
+    verb: str,
+    *,
+    timeout_s: float,
+    log: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> VmLock:
+    """Wait for the lock. A `cancel` asks every holder to give up, except those that are giving back themselves.
+
+    `check` is called while waiting, and ends that by raising.
+    """
     deadline = time.monotonic() + timeout_s
     asked: Holder | None = None
     told = False
@@ -87,6 +97,7 @@ def acquire(vm_id: int, verb: str, *, timeout_s: float, log: Callable[[str], Non
         if time.monotonic() > deadline:
             by = f"{other.verb} (process {other.pid}) is" if other else "another action is"
             raise HelperError(f"Cannot {verb} VM {vm_id}: {by} still at work on it after {timeout_s:g} s")
+        check()
         time.sleep(0.02)
 
 

@@ -65,7 +65,7 @@ def attach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         name = _rename(inside, inner, nic.guest_name, work.log)
         _address(inside, name, nic, work.log)
         _finish(work.vm_id, (host, outer, inside), nic, work.log)
-    record.stage(dataclasses.replace(found.vm, nics=_with(found.vm, nic)), found.prepared)
+    record.stage(work, dataclasses.replace(found.vm, nics=_with(found.vm, nic)), found.prepared)
     return {}
 
 
@@ -95,7 +95,7 @@ def detach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         if entry.kind == "nic" and entry.what.get("nic", {}).get("nic_id") == nic_id:
             work.journal.gave_back(entry.number)
     rest = tuple(nic for nic in found.vm.nics if nic.nic_id != nic_id)
-    record.stage(dataclasses.replace(found.vm, nics=rest), found.prepared)
+    record.stage(work, dataclasses.replace(found.vm, nics=rest), found.prepared)
     return {}
 
 

@@ -44,7 +44,7 @@ def verb(work: Work, request: dict[str, Any]) -> Any:
     vm = validate.vm(request.get("vm"), work.vm_id, work.config)
     hub.ensure_running()
     prepared = prepare(work, vm)
-    record.stage(vm, prepared)
+    record.stage(work, vm, prepared)
     consolelog.begin(work.vm_id)
     work.journal.take("domain")  # from here on the caller may start it
     return model.to_json(prepared)
@@ -148,7 +148,7 @@ def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> 
 
 
 def _carry_on() -> None:
-    """The session itself breaks off what it does, by signal."""
+    """The session breaks off its worker from outside."""
 
 
 def _context(work: Work, disk: Disk, id_base: int | None) -> None:

@@ -60,26 +60,37 @@ def _read(vm_id: int, path: str) -> Record | None:
         raise StorageError(f"Cannot read the record of VM {vm_id}: {error}") from error
 
 
-def stage(vm: Vm, prepared: Prepared) -> None:
+def stage(work: Work, vm: Vm, prepared: Prepared) -> None:
     """Write the record that the next commit makes the VM's."""
+    work.journal.take("record")
     data = {"vm": model.to_json(vm), "prepared": model.to_json(prepared), "boot": boot_id()}
     write_json(VmPaths(vm.vm_id).record + ".new", data)
 
 
-def unstage(vm_id: int) -> None:
+def unstage(work: Work, what: dict[str, Any]) -> None:
     """Drop a record that was never committed."""
-    _unlink(VmPaths(vm_id).record + ".new")
+    _unlink(work.paths.record + ".new")
 
 
 def commit(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: what was taken so far belongs to the VM, and the staged record is its own."""
+    if work.journal.held():
+        work.journal.commit()
+    publish(work)
+    return {}
+
+
+def publish(work: Work) -> None:
+    """Put the staged record in its place, if its commit is in the journal; a crash may have come in between."""
+    staged = [entry for entry in work.journal.held() if entry.kind == "record"]
+    if not staged or not all(entry.committed for entry in staged):
+        return
     path = work.paths.record
     if os.path.exists(path + ".new"):
         os.rename(path + ".new", path)
         sync_directory(os.path.dirname(path))
-    if work.journal.held():
-        work.journal.commit()
-    return {}
+    for entry in staged:
+        work.journal.gave_back(entry.number)
 
 
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
     found = read(work.vm_id)
     return {
-        "ours": found is not None or os.path.exists(work.paths.journal),
+        "ours": found is not None or os.path.exists(work.paths.state),
         "vm": model.to_json(found.vm) if found else None,
         "prepared": model.to_json(found.prepared) if found else None,
         "paused": paused(work.vm_id),

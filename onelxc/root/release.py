@@ -22,7 +22,7 @@ from onelxc.root import cgroups, execution, holders, mounts, orphans, record, sy
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
-UNMOUNT_S = 10.0
+UNMOUNT_S = 5.0
 LOOP_S = 10.0
 NET = "/sys/class/net"
 
@@ -34,15 +34,9 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_ours(vm_id: int) -> bool:
-    """Whether anything says that this VM was ours: a record, a journal, or a mount in its place."""
-    paths = names_of(vm_id)
-    return any(map(os.path.exists, paths)) or bool(mounts.mounted_below(VmPaths(vm_id).mounts))
-
-
-def names_of(vm_id: int) -> tuple[str, ...]:
-    """The files that make a VM ours."""
+    """Whether anything says that this VM was ours: a state directory, or a mount in its place."""
     paths = VmPaths(vm_id)
-    return paths.record, paths.journal, paths.record + ".new"
+    return os.path.exists(paths.state) or bool(mounts.mounted_below(paths.mounts))
 
 
 def everything(work: Work) -> None:
@@ -62,9 +56,10 @@ def everything(work: Work) -> None:
     steps.run(lambda: _remove_ports(work))
     steps.run(lambda: unmount_all(work))
     for entry in entries:
-        steps.run(lambda: give_back(work, entry))  # noqa: B023
-    steps.run(lambda: wait_for_loops(work, images))
+        if entry.kind not in _BY_THE_KERNEL:
+            steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
+    wait_for_loops(work, images)
     _remove_directories(work)
     work.journal.clear()
     shutil.rmtree(work.paths.state, ignore_errors=True)
@@ -81,19 +76,16 @@ def _stop_vnc(vm_id: int) -> None:
 
 
 def undo(work: Work) -> None:
-    """Give back what was taken and never committed, last in, first out. All of it: the record that was staged, too."""
-    entries = [entry for entry in work.journal.held() if not entry.committed]
-    if not entries and not os.path.exists(work.paths.record + ".new"):
-        if not os.path.exists(work.paths.record):
-            _remove_directories(work)
-        return
+    """Give back what was taken and never committed, last in, first out; all there is where nothing was ever kept."""
+    record.publish(work)
     if not os.path.exists(work.paths.record):
-        everything(work)  # nothing was ever kept of this VM
+        if os.path.exists(work.paths.state) or os.path.exists(work.paths.mounts):
+            everything(work)
         return
     steps = _Steps()
-    for entry in entries:
-        steps.run(lambda: give_back(work, entry))  # noqa: B023
-    steps.run(lambda: record.unstage(work.vm_id))
+    for entry in work.journal.held():
+        if not entry.committed:
+            steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
 
 
@@ -175,8 +167,13 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "file": _give_back_file,  # path
     "domain": _give_back_domain,
     "nic": _give_back_nic,  # nic
+    "record": record.unstage,
 }
 """How each kind of journal entry is given back, and what its data are."""
+
+
+_BY_THE_KERNEL = ("mount", "loop", "domain", "record")
+"""Kinds that a whole release finds by itself, whatever the journal says."""
 
 
 def _images(work: Work, entries: list[Entry]) -> set[tuple[int, int]]:

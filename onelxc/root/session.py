@@ -1,25 +1,25 @@
 """How does the helper serve one action? JSON lines in, JSON lines out, under the VM's lock, undoing what is not kept.
 
-The caller's end of the pipe is its life: when it closes without a `commit`, or when the helper is told to stop
-(SIGTERM: a cancel's request; SIGHUP, SIGINT), all that was taken since is given back, last in, first out. A verb
-under way is broken off at once. There is no thread to watch the pipe, since a process with threads can neither make
-nor enter user and mount namespaces; SIGIO tells instead.
-
     {"do": "prepare", …}  →  {"log": "…"}* then {"ok": {…}} or {"error": "one line", "kind": "StorageError"}
+
+The caller's end of the pipe is its life: when it closes without a `commit`, or when the helper is told to stop
+(SIGTERM: a cancel's request; SIGHUP, SIGINT), whatever is under way is broken off at once and all that was taken since
+is given back, last in, first out. So there are two processes: a worker, in a process group of its own, which does what
+is asked and can be killed at any instant, and the helper itself, which watches, kills it, and undoes by the journal.
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
 import select
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import VmPaths
@@ -35,10 +35,7 @@ STDIN, STDOUT = 0, 1
 LONGEST_REQUEST = 4 << 20
 CALLER_LEAVES_S = 60
 """How long a caller that was told to give up may take to end what it does with libvirt."""
-
-
-class Interrupted(BaseException):
-    """The verb under way is to be broken off. No `except Exception` of a module may swallow it."""
+_GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class Session:
@@ -49,197 +46,243 @@ class Session:
         self.verb = verb
         self.config = config
         self.lock_timeout_s = lock_timeout_s
-        self._pid = os.getpid()
-        self._given_up = ""
-        self._caller_gone = False
-        self._interruptible = False
-        self._busy = False
-        self._buffer = b""
+        self._told_to_stop = ""
+        self._wake = -1
 
     def serve(self, started: float) -> int:
-        """Serve until the caller is gone; the exit code."""
+        """Serve until the caller is gone; the exit code. `started` is when the caller began, in seconds since boot."""
         self._listen_to_signals()
         if self.verb == "cancel":
             lock.mark_give_up(self.vm_id)
         try:
-            held = self._guarded(self._open)
+            held = lock.acquire(
+                self.vm_id, self.verb, timeout_s=self.lock_timeout_s, log=self._log, check=self._check_wanted
+            )
         except (OneLxcError, OSError) as error:
-            self._answer_error(error)
+            _answer_error(error)
             return 1
-        journal = Journal(VmPaths(self.vm_id).journal, self.verb)
-        work = Work(self.vm_id, self.verb, journal, self.config, self._log)
         try:
-            return self._work(work, started)
+            return self._work(started)
         finally:
-            journal.close()
             held.release()
 
-    def _work(self, work: Work, started: float) -> int:
-        from onelxc.root import release
-
+    def _work(self, started: float) -> int:
         try:
             if self.verb in ("deploy", "restore"):
                 lock.check_give_up(self.vm_id, self.verb, started)
             # the lock is ours, so whoever took these is dead
-            self._shielded(lambda: release.undo(work))
-            self._write({"ok": {"pid": self._pid}})
+            self._undo()
         except (OneLxcError, OSError) as error:
-            self._answer_error(error)
+            _answer_error(error)
             return 1
+        worker = self._start_worker()
+        broken_off = self._watch(worker)
+        _kill_group(worker)
+        if broken_off and not _caller_is_gone():
+            # after whatever half of a line the worker had written
+            _write(b"\n")
+            _answer_error(self._give_up_error())
+            self._wait_for_caller()
         try:
-            self._requests(work)
-        finally:
-            failed = self._shielded(lambda: _first_error(lambda: release.undo(work)))
-        if failed is not None:
-            self._answer_error(failed)
+            self._undo()
+        except (OneLxcError, OSError) as error:
+            _answer_error(error)
             return 1
         return 0
 
-    def _requests(self, work: Work) -> None:
-        while True:
-            try:
-                request = self._guarded(self._read)
-                if request is None:
-                    return
-                if request.get("do") == "commit":
-                    # nothing breaks off a commit: kept is kept, or the caller hears that it is not
-                    answer = self._shielded(lambda: self._run(work, request))  # noqa: B023
-                else:
-                    answer = self._guarded(lambda: self._run(work, request))  # noqa: B023
-                self._write({"ok": answer})
-            except GiveUpError as error:
-                if not self._caller_gone:
-                    self._answer_error(error)
-                    self._wait_for_caller()
-                return
-            except (OneLxcError, OSError, ValueError) as error:
-                self._answer_error(error)
+    def _undo(self) -> None:
+        from onelxc.root import release
 
-    def _run(self, work: Work, request: dict[str, Any]) -> Any:
-        name = str(request.pop("do", ""))
-        if name not in VERBS:
-            raise HelperError(f"Cannot do {name!r}: the root helper knows no such verb")
-        module, function = VERBS[name]
-        verb: Callable[[Work, dict[str, Any]], Any] = getattr(importlib.import_module(module), function)
-        self._busy = True
+        paths = VmPaths(self.vm_id)
+        if not os.path.exists(paths.state) and not os.path.exists(paths.mounts):
+            return
+        work = self._new_work()
         try:
-            return verb(work, request)
+            release.undo(work)
         finally:
-            self._busy = False
+            work.journal.close()
 
-    def _open(self) -> lock.VmLock:
-        return lock.acquire(self.vm_id, self.verb, timeout_s=self.lock_timeout_s, log=self._log)
+    def _new_work(self) -> Work:
+        journal = Journal(VmPaths(self.vm_id).journal, self.verb)
+        return Work(self.vm_id, self.verb, journal, self.config, self._log)
 
-    # the caller's pipe
+    # watching
 
-    def _read(self) -> dict[str, Any] | None:
-        """The next request, None when the caller has closed its end."""
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > LONGEST_REQUEST:
-                raise HelperError("Cannot read a request: it is too long")
-            piece = os.read(STDIN, 65536)
-            if not piece:
-                self._caller_gone = True
-                return None
-            self._buffer += piece
-        line, _, self._buffer = self._buffer.partition(b"\n")
+    def _listen_to_signals(self) -> None:
+        self._wake, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        # a cancel asks with SIGTERM (lock._ask_to_give_up)
+        self._told_to_stop = self._told_to_stop or (
+            "it was cancelled meanwhile" if number == signal.SIGTERM else "it was told to stop"
+        )
+
+    def _check_wanted(self) -> None:
+        if self._told_to_stop or _caller_is_gone():
+            raise self._give_up_error()
+
+    def _give_up_error(self) -> GiveUpError:
+        return GiveUpError(f"Cannot {self.verb} VM {self.vm_id}: {self._told_to_stop or 'its caller is gone'}")
+
+    def _watch(self, worker: int) -> bool:
+        """Wait until the worker has ended by itself (False), or has to be broken off (True)."""
+        ended = os.pidfd_open(worker)
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        poll.register(STDIN, 0)
         try:
-            request = json.loads(line)
-        except ValueError as error:
-            raise HelperError(f"Cannot read a request: {error}") from error
-        if not isinstance(request, dict):
-            raise HelperError("Cannot read a request: not an object")
-        return request
+            while True:
+                if self._told_to_stop:
+                    return True
+                events = dict(poll.poll())
+                if ended in events:
+                    return False
+                if STDIN in events:
+                    return True
+                os.read(self._wake, 512)
+        finally:
+            os.close(ended)
 
     def _wait_for_caller(self) -> None:
         """Until the caller has closed its end: it may be in the midst of starting or ending the domain."""
         deadline = time.monotonic() + CALLER_LEAVES_S
-        while not self._caller_gone:
+        while True:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([STDIN], [], [], left)[0]:
                 return
             data = os.read(STDIN, 65536)
             if not data:
-                self._caller_gone = True
+                return
             for _ in range(data.count(b"\n")):
-                self._answer_error(self._give_up_error())
+                _answer_error(self._give_up_error())
 
-    def _write(self, message: dict[str, Any]) -> None:
-        data = (json.dumps(message, separators=(",", ":")) + "\n").encode()
+    # the worker
+
+    def _start_worker(self) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._be_worker()
         try:
-            while data:
-                data = data[os.write(STDOUT, data) :]
-        except BrokenPipeError:
-            self._caller_gone = True
+            os.setpgid(pid, pid)
+        except OSError:
+            pass  # it has done so itself
+        return pid
+
+    def _be_worker(self) -> NoReturn:
+        """Everything that is asked happens here. Its end releases nothing: that is the other process's part."""
+        status = 1
+        try:
+            from onelxc.root import syscalls
+
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            parent = os.getppid()
+            os.setpgid(0, 0)
+            syscalls.die_with_parent()
+            if os.getppid() == parent:
+                _write_message({"ok": {"pid": parent}})
+                self._requests()
+                status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _requests(self) -> None:
+        work = self._new_work()
+        lines = _lines()
+        while True:
+            try:
+                line = next(lines, None)
+                if line is None:
+                    return
+                _write_message({"ok": _run(work, line)})
+            except (OneLxcError, OSError, ValueError) as error:
+                _answer_error(error)
 
     def _log(self, text: str) -> None:
-        self._write({"log": " ".join(text.split())})
-
-    def _answer_error(self, error: Exception) -> None:
-        kind = type(error).__name__ if isinstance(error, OneLxcError) else "HelperError"
-        self._write({"error": str(error) or type(error).__name__, "kind": kind})
-
-    # being broken off
-
-    def _listen_to_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGIO, self._on_pipe)
-        try:
-            fcntl.fcntl(STDIN, fcntl.F_SETOWN, self._pid)
-            fcntl.fcntl(STDIN, fcntl.F_SETFL, fcntl.fcntl(STDIN, fcntl.F_GETFL) | os.O_ASYNC)
-        except OSError:
-            return  # a regular file or /dev/null has nobody behind it
-        self._on_pipe(signal.SIGIO, None)
-
-    def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        # a cancel asks with SIGTERM (lock._ask_to_give_up)
-        self._interrupt("it was cancelled meanwhile" if number == signal.SIGTERM else "it was told to stop")
-
-    def _on_pipe(self, number: int, frame: FrameType | None) -> None:
-        poll = select.poll()
-        poll.register(STDIN, select.POLLIN)
-        events = next(iter(poll.poll(0)), (STDIN, 0))[1]
-        # a pipe that is closed but still has requests in it is a script's; a verb under way has a caller to wait for
-        if events & (select.POLLHUP | select.POLLERR) and (self._busy or not events & select.POLLIN):
-            self._caller_gone = True
-            self._interrupt("its caller is gone")
-
-    def _interrupt(self, reason: str) -> None:
-        if os.getpid() != self._pid:  # a forked child of ours must not run our clean-up
-            os._exit(143)
-        self._given_up = self._given_up or reason
-        if self._interruptible:
-            self._interruptible = False
-            raise Interrupted
-
-    def _give_up_error(self) -> GiveUpError:
-        return GiveUpError(f"Cannot {self.verb} VM {self.vm_id}: {self._given_up}")
-
-    def _guarded(self, step: Callable[[], Any]) -> Any:
-        """`step`, which may be broken off: GiveUpError then."""
-        try:
-            self._interruptible = True
-            if self._given_up:
-                raise Interrupted
-            result = step()
-            self._interruptible = False
-            return result
-        except Interrupted:
-            raise self._give_up_error() from None
-        finally:
-            self._interruptible = False
-
-    def _shielded(self, step: Callable[[], Any]) -> Any:
-        """`step`, which must not be broken off."""
-        self._interruptible = False
-        return step()
+        _write_message({"log": " ".join(text.split())})
 
 
-def _first_error(step: Callable[[], None]) -> Exception | None:
+def _run(work: Work, line: bytes) -> Any:
     try:
-        step()
-    except (OneLxcError, OSError) as error:
-        return error
-    return None
+        request = json.loads(line)
+    except ValueError as error:
+        raise HelperError(f"Cannot read a request: {error}") from error
+    if not isinstance(request, dict):
+        raise HelperError("Cannot read a request: not an object")
+    name = str(request.pop("do", ""))
+    if name not in VERBS:
+        raise HelperError(f"Cannot do {name!r}: the root helper knows no such verb")
+    module, function = VERBS[name]
+    verb: Callable[[Work, dict[str, Any]], Any] = getattr(importlib.import_module(module), function)
+    return verb(work, request)
+
+
+class _lines:
+    """The lines on stdin."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def __iter__(self) -> _lines:
+        return self
+
+    def __next__(self) -> bytes:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > LONGEST_REQUEST:
+                raise StopIteration
+            piece = os.read(STDIN, 65536)
+            if not piece:
+                raise StopIteration
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+
+def _kill_group(worker: int) -> None:
+    """End the worker and all the programs it has started, and wait until they are gone."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(worker, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            break
+        try:
+            os.waitpid(worker, os.WNOHANG)
+        except ChildProcessError:
+            pass
+        time.sleep(0.002)
+    try:
+        os.waitpid(worker, 0)
+    except ChildProcessError:
+        pass
+
+
+def _caller_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(STDIN, 0)
+    return any(events & _GONE for _, events in poll.poll(0))
+
+
+def _answer_error(error: Exception) -> None:
+    kind = type(error).__name__ if isinstance(error, OneLxcError) else "HelperError"
+    _write_message({"error": str(error) or type(error).__name__, "kind": kind})
+
+
+def _write_message(message: dict[str, Any]) -> None:
+    _write((json.dumps(message, separators=(",", ":")) + "\n").encode())
+
+
+def _write(data: bytes) -> None:
+    try:
+        while data:
+            data = data[os.write(STDOUT, data) :]
+    except BrokenPipeError:
+        pass  # nobody listens any more; the watch has seen that, or will
