@@ -195,7 +195,7 @@ def test_a_killed_helper_is_cleaned_up_by_whoever_comes_next(vm: Vm) -> None:
 
 def test_kept_after_a_commit_and_recorded(vm: Vm) -> None:
     with session() as host:
-        assert host.record() == {"ours": False, "vm": None, "prepared": None, "paused": ""}
+        assert host.record() == {"ours": False, "vm": None, "prepared": None, "paused": "", "lost": False}
         prepared = host.prepare(vm)
         host.commit()
     assert held() != []
