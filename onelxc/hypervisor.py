@@ -41,6 +41,9 @@ EXEC_LIMIT_S = 15.0
 IN_HAND_S = 1.0
 LOOK_AGAIN_S = 0.4
 """How long a container must have lived, once init was executed, to count as started."""
+INIT_GONE_S = 2.0
+"""How long a controller may be there without a process 1: a reboot takes less, and some that failed to execute their
+init go on like that for ever."""
 
 _T = TypeVar("_T")
 
@@ -204,14 +207,20 @@ class Domain:
 
         A container that reboots meanwhile lives.
         """
-        deadline = time.monotonic() + EXEC_LIMIT_S
-        executed: float | None = None
-        while time.monotonic() < deadline:
+        now = time.monotonic()
+        deadline, executed, seen = now + EXEC_LIMIT_S, None, now
+        while now < deadline:
             if self.state() is State.ENDED:
                 return False
+            init = self.init_pid()
+            now = time.monotonic()
+            if init is not None and _lives(init):
+                seen = now
+            elif now - seen > INIT_GONE_S:
+                return False
             if executed is None and self.alive():
-                executed = time.monotonic()
-            if executed is not None and time.monotonic() - executed >= LOOK_AGAIN_S:
+                executed = now
+            if executed is not None and now - executed >= LOOK_AGAIN_S:
                 return True
             time.sleep(0.02)
         return False

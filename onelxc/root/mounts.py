@@ -67,6 +67,8 @@ def open_image(
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a file"
         raise StorageError(f"Cannot use {name}: it is {kind}")
     if size_mb and not read_only and size_mb * _MIB - status.st_size >= _MIB:
+        # looked at before: what is no image is not ours to change
+        _refuse_unknown(filesystems.probe(f"/proc/self/fd/{fd}", pass_fds=(fd,)), name)
         os.ftruncate(fd, size_mb * _MIB)
     with loops.attach(fd, read_only=read_only, name=name) as loop:
         return _open_device(loop.path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
@@ -74,14 +76,18 @@ def open_image(
 
 def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
     found = filesystems.probe(device)
-    if found.kind not in filesystems.SUPPORTED:
-        what = f"a {found.partitions} partition table" if found.partitions and not found.kind else found.kind
-        raise StorageError(f"Cannot mount {name}: " + (f"it holds {what}" if what else "there is no file system in it"))
+    _refuse_unknown(found, name)
     if not read_only:
         filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)
         filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
     fd = filesystems.mount(device, found.kind, read_only=read_only, nodev=not root)
     return Detached(fd, found.kind, device)
+
+
+def _refuse_unknown(found: filesystems.Found, name: str) -> None:
+    if found.kind not in filesystems.SUPPORTED:
+        what = f"a {found.partitions} partition table" if found.partitions and not found.kind else found.kind
+        raise StorageError(f"Cannot mount {name}: " + (f"it holds {what}" if what else "there is no file system in it"))
 
 
 def device_bytes(device: str) -> int:

@@ -79,7 +79,7 @@ def no_cache() -> Iterator[None]:
     with open(path) as file:
         before = file.read()
     with open(path, "w") as file:
-        file.write(before + '\nCACHE = "no"\n')
+        file.write(before + "\nCACHE = [ SIZE = 0 ]\n")
     yield
     with open(path, "w") as file:
         file.write(before)
