@@ -13,8 +13,8 @@ state=/var/lib/onelxc
 # Debian's names, which are Ubuntu's too. The second row is for kinds of images and features; a distribution that lacks
 # one of them still runs containers.
 needed_packages=(libvirt-daemon-system libvirt-daemon-driver-lxc libvirt-clients python3-libvirt python3-lxml python3-yaml
-    sudo tar util-linux mount fdisk e2fsprogs iproute2 kmod gzip xz-utils bzip2)
-useful_packages=(zstd lz4 qemu-utils xorriso squashfs-tools xfsprogs btrfs-progs pciutils)
+    sudo tar util-linux mount e2fsprogs iproute2 kmod gzip xz-utils bzip2)
+useful_packages=(zstd lz4 xfsprogs btrfs-progs pciutils)
 
 node_install() {
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node has to be run as root, on the host: sudo ./install.sh node"

@@ -26,9 +26,8 @@ NEEDED = {
     "e2fsck": "checking file systems",
     "resize2fs": "growing file systems",
     "ip": "network interfaces",
-    "losetup": "image files",
     "blkid": "recognising file systems",
-    "nsenter": "exec",
+    "nsenter": "network interfaces of containers",
     "sudo": "oneadmin's way to the root helper",
     "virsh": "looking at libvirt",
 }
@@ -37,10 +36,6 @@ USEFUL = {
     "zstd": "archives packed with zstd",
     "bzip2": "archives packed with bzip2",
     "lz4": "archives packed with lz4",
-    "unsquashfs": "squashfs root file systems",
-    "qemu-img": "qcow2 images",
-    "qemu-nbd": "qcow2 images",
-    "xorriso": "the context disk",
     "mkfs.xfs": "XFS disks",
     "mkfs.btrfs": "btrfs disks",
     "tc": "bandwidth limits",
@@ -149,8 +144,6 @@ def devices() -> Iterator[Problem]:
     known = _read("/proc/filesystems").split()
     if "ext4" not in known and not _has_module("ext4"):
         yield Problem(True, "this kernel cannot mount ext4, which imported images are")
-    if not os.path.exists("/dev/nbd0") and not _has_module("nbd"):
-        yield Problem(False, "no module nbd: qcow2 images go through FUSE instead, which is slower")
 
 
 def _has_module(name: str) -> bool:
