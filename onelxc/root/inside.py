@@ -37,13 +37,21 @@ def init_pid(vm_id: int) -> int:
     raise NoSuchDomainError(f"Cannot find {deploy_id(vm_id)}: no such container runs on this host")
 
 
-def processes(vm_id: int) -> tuple[int, ...]:
-    """Every process of the container, its controllers not among them."""
-    found: set[int] = set()
-    for group in cgroups.groups(vm_id):
-        found.update(cgroups.processes(group.path))
-        found.discard(group.controller)
+def processes(init: int) -> tuple[int, ...]:
+    """Every process of the container whose process 1 is `init`, those included that were brought in from outside."""
+    found = []
+    mine = _pid_namespace(init)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and mine and _pid_namespace(int(name)) == mine:
+            found.append(int(name))
     return tuple(sorted(found))
+
+
+def _pid_namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
 
 
 def mounts_of(pid: int) -> tuple[MountPoint, ...]:
@@ -67,6 +75,8 @@ def _unescape(text: str) -> str:
 
 def attach(pid: int, source: str, target: str, id_base: int | None) -> None:
     """Show the host's mount `source` at `target` of the container; the directory is made if missing."""
+    if any(mount.point == target for mount in mounts_of(pid)):
+        raise StorageError(f"Cannot attach at {target}: something else is mounted there")
     namespace = _namespace(pid)
     tree = -1
     try:
@@ -78,8 +88,6 @@ def attach(pid: int, source: str, target: str, id_base: int | None) -> None:
             _make(target, id_base)
             root = os.open("/", os.O_PATH | os.O_DIRECTORY)
             place = syscalls.openat2(root, target, os.O_PATH | os.O_DIRECTORY)
-            if any(mount.point == target for mount in mounts_of(os.getpid())):
-                raise StorageError("something else is mounted there")
             syscalls.move_mount(tree, "", dir_fd=place)
 
         _enter(namespace, move, f"Cannot attach at {target}")

@@ -15,11 +15,12 @@ from typing import Any
 from onelxc import model, wire
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk, IoLimits, Mount, Vm
-from onelxc.root import inside, iolimits, mounts, orphans, prepare, record, release, validate
+from onelxc.root import inside, iolimits, mounts, orphans, prepare, record, release, syscalls, validate
 from onelxc.root.record import Record
 from onelxc.root.work import Work
 
 EXECUTED_S = 20.0
+_PLACE = "onelxc-detached"
 
 
 def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     if any(mount.target == target for mount in found.prepared.mounts):
         raise StorageError(f"Cannot attach disk {disk.disk_id}: another disk is at {target} already")
     device = prepare.mount_data_disk(work, disk, found.prepared.id_base)
-    disk = dataclasses.replace(disk, attach=False)
+    disk = dataclasses.replace(disk, attach=True)  # from now on: libvirt's description of the domain has no word of it
     if disk.limits != IoLimits():
         iolimits.set_limits(work.vm_id, device, disk.limits)
     inside.attach(pid, work.paths.disk(disk.disk_id), target, found.prepared.id_base)
@@ -66,6 +67,8 @@ def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         if disk is not None and disk.limits != IoLimits():
             iolimits.set_limits(work.vm_id, device, IoLimits())
     _give_back(work, disk, source)
+    if disk is not None and not disk.attach:
+        _keep_place(work, source)
     vm = dataclasses.replace(found.vm, disks=tuple(one for one in found.vm.disks if one.disk_id != disk_id))
     prepared = dataclasses.replace(
         found.prepared,
@@ -79,15 +82,19 @@ def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 def refresh(work: Work, found: Record) -> None:
     """After the container restarted by itself: show it again what libvirt knows nothing of, with its limits."""
     pid = _wait_executed(work.vm_id)
-    present = {mount.device for mount in inside.mounts_of(pid)}
-    for mount in found.prepared.mounts:
-        disk = next((one for one in found.vm.disks if work.paths.disk(one.disk_id) == mount.source), None)
-        if disk is None or not mounts.is_mounted(mount.source):
+    table = inside.mounts_of(pid)
+    present = {mount.device for mount in table}
+    for mount in table:
+        if mount.source == _PLACE:
+            inside.detach(pid, mount.point, remove=False)
+    for shown in found.prepared.mounts:
+        disk = next((one for one in found.vm.disks if work.paths.disk(one.disk_id) == shown.source), None)
+        if disk is None or not mounts.is_mounted(shown.source):
             continue
-        if _number(mount.source) not in present:
-            inside.attach(pid, mount.source, mount.target, found.prepared.id_base)
+        if _number(shown.source) not in present:
+            inside.attach(pid, shown.source, shown.target, found.prepared.id_base)
             if disk.limits != IoLimits():
-                iolimits.set_limits(work.vm_id, _device_of(mount.source), disk.limits)
+                iolimits.set_limits(work.vm_id, _device_of(shown.source), disk.limits)
 
 
 def _record(work: Work) -> Record:
@@ -116,7 +123,7 @@ def _leave_container(vm_id: int, disk_id: int, source: str, target: str, id_base
         init = inside.init_pid(vm_id)
     except NoSuchDomainError:
         return
-    pids = inside.processes(vm_id)
+    pids = inside.processes(init)
     gone: list[str] = []
     # the namespace of init last: it has the copy that is put back if somebody uses another
     for pid in (*(pid for pid in _namespaces(pids, init)), init):
@@ -128,7 +135,7 @@ def _leave_container(vm_id: int, disk_id: int, source: str, target: str, id_base
                 gone += [point] if pid == init else []
                 continue
             below = sorted(mount.point for mount in table if mount.point.startswith(f"{point}/"))
-            names = ", ".join(inside.users(inside.processes(vm_id), st_dev))
+            names = ", ".join(inside.users(inside.processes(init), st_dev))
             if target in gone:
                 inside.attach(init, source, target, id_base)
             why = names or (f"what is mounted at {below[0]} inside" if below else "the kernel")
@@ -163,6 +170,18 @@ def _give_back(work: Work, disk: Disk | None, source: str) -> None:
         mine = entry.kind == "mount" and entry.what.get("path") == source
         if mine or (entry.kind == "loop" and image == (entry.what.get("dev"), entry.what.get("ino"))):
             release.give_back(work, entry)
+
+
+def _keep_place(work: Work, source: str) -> None:
+    """libvirt restarts the container from the description of its deploy, and fails where a source of that is missing.
+
+    So an empty read-only file system takes the place; `refresh` takes it out of the container again.
+    """
+    attributes = syscalls.ATTR_RDONLY | syscalls.ATTR_NODEV | syscalls.ATTR_NOSUID | syscalls.ATTR_NOEXEC
+    fd = syscalls.mount_detached("tmpfs", _PLACE, {"size": "4k", "mode": "0755"}, attributes)
+    with mounts.Detached(fd, "tmpfs", "") as empty:
+        work.journal.take("mount", path=source)
+        mounts.place(empty, source, id_base=None)
 
 
 def _number(point: str) -> str:

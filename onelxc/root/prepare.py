@@ -177,6 +177,8 @@ def mount_data_disk(work: Work, disk: Disk, id_base: int | None) -> str:
     with validate.find(disk.path, work.config) as found:
         if stat.S_ISDIR(found.status.st_mode):
             raise StorageError(f"Cannot use {disk.path}: it is a directory, not the image of a disk")
+        _import(work, found, disk, None)
+    with validate.find(disk.path, work.config) as found:
         fd = open_image(work, found, read_only=disk.read_only)
     target = work.paths.disk(disk.disk_id)
     try:
