@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 from onelxc.errors import OneLxcError
 from onelxc.root import record
@@ -20,6 +21,12 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("onelxc.root.livedisks", "refresh"),
 )
 """(module, function): called as `function(work, record)`, in this order."""
+
+
+def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb, for actions that have restarted the container themselves, under the lock that the hub waits for."""
+    refresh(work)
+    return {}
 
 
 def refresh(work: Work) -> None:
