@@ -101,15 +101,6 @@ def main(argument: str) -> None:
     os._exit(0)
 
 
-def _limit(kind: int, soft: int, hard: int) -> None:
-    """One limit as init has it, or as near as we may come: root without CAP_SYS_RESOURCE cannot raise its own."""
-    try:
-        resource.setrlimit(kind, (soft, hard))
-    except ValueError:
-        own = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (own if soft == resource.RLIM_INFINITY else min(soft, own), own))
-
-
 def _inside(spec: dict[str, Any], command: str, words: list[str], report: int) -> None:
     """The child, which the container can see. Never returns."""
     try:
