@@ -9,7 +9,6 @@ from tests.support.frontends import MONITORD, PULL, REPOSITORY
 from tests.support.vms import REMOTES, Driver
 
 FRONT_ENDS = "/srv/front-ends"
-_active: list[str] = []
 
 
 def is_test_machine() -> bool:
@@ -18,11 +17,11 @@ def is_test_machine() -> bool:
 
 def install() -> None:
     """The bundle on front-ends of both generations, their remotes ready to be this host's, and the host's own half."""
+    if os.path.exists(FRONT_ENDS):
+        return  # in this machine already
     machine.command(os.path.join(REPOSITORY, "install.sh"), "node", "--no-packages", timeout_s=300)
     for version in (PULL, MONITORD):
         location = os.path.join(FRONT_ENDS, version)
-        if os.path.exists(f"{REMOTES}.{version}"):
-            continue
         frontends.lay_out(location, version)
         machine.command("chown", "-R", "oneadmin:oneadmin", location)
         frontends.install(location)
@@ -32,9 +31,8 @@ def install() -> None:
 
 def activate(version: str) -> Driver:
     """Make the remotes of `version` those of this host."""
-    if _active != [version]:
-        if _active:
-            os.rename(REMOTES, f"{REMOTES}.{_active.pop()}")
+    if os.path.exists(f"{REMOTES}.{version}"):
+        if os.path.exists(REMOTES):
+            os.rename(REMOTES, f"{REMOTES}.{PULL if version == MONITORD else MONITORD}")
         os.rename(f"{REMOTES}.{version}", REMOTES)
-        _active.append(version)
     return Driver(version)
