@@ -43,6 +43,8 @@ def shell_files() -> list[str]:
 
 
 def check(*argv: str) -> None:
+    if not shutil.which(argv[0]):
+        pytest.fail(f"{argv[0]} is not there: tests/run installs it, and says why if it cannot", pytrace=False)
     done = subprocess.run(argv, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
     if done.returncode != 0:
