@@ -135,7 +135,8 @@ def _one_shot(words: list[str], policy: Any) -> int:
     if len(words) != 1 or words[0] not in ONE_SHOT:
         raise HelperError(f"Cannot run the root helper: unknown verb {' '.join(words)!r}")
     try:
-        text = sys.stdin.buffer.readline()
+        # people at a terminal have no request to make
+        text = b"" if sys.stdin.isatty() else sys.stdin.buffer.readline()
         request = json.loads(text) if text.strip() else {}
         if not isinstance(request, dict):
             raise ValueError("not an object")
