@@ -86,10 +86,9 @@ def unpack(
 
 
 def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    """End the jail and wait: the first child ends when the jail's last process, which may hold the mount, has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
     os.waitpid(pid, 0)
 
 
@@ -150,7 +149,8 @@ def _outside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds
     try:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGALRM, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # SIGTERM waits until there is somebody to be killed
+        signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGTERM,))
         os.setsid()
         _keep_only({mount_fd, *fds.values()})
         syscalls.die_with_parent()
@@ -165,8 +165,11 @@ def _outside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds
         )
         pid = os.fork()
         if pid == 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             syscalls.die_with_parent()
             _inside(mount_fd, argv, filter_argv, fds)
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for fd in fds.values():
             os.close(fd)
         os.close(mount_fd)

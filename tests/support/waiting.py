@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,5 +18,11 @@ def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float =
         if answer:
             return answer
         if time.monotonic() > deadline:
+            # shown by pytest beside the failure: which process is it that does not do what is waited for?
+            print(
+                subprocess.run(
+                    ["ps", "-eo", "pid,ppid,stat,wchan:20,args", "--forest"], capture_output=True, text=True
+                ).stdout
+            )
             raise AssertionError(f"not within {timeout_s:g} s: {what or condition} (last answer: {answer!r})")
         time.sleep(interval_s)
