@@ -218,10 +218,11 @@ class Domain:
                 seen = now
             elif now - seen > INIT_GONE_S:
                 return False
-            if executed is None and self.alive():
-                executed = now
-            if executed is not None and now - executed >= LOOK_AGAIN_S:
-                return True
+            # libvirt needs a moment to notice an end: its word alone, that the domain runs, is not enough
+            if init is not None and self.alive():
+                executed = now if executed is None else executed
+                if now - executed >= LOOK_AGAIN_S:
+                    return True
             time.sleep(0.02)
         return False
 

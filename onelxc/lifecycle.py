@@ -20,6 +20,15 @@ STARTS = 4
 """Of one container, when libvirt lets go of it (see `hypervisor`): one in twenty, so that four fail never."""
 
 
+def wake(domain: Domain, root: Callable[[str], object]) -> None:
+    """Let a frozen container go on, whoever froze it, known or forgotten: it hears nothing else. `root` has the helper
+    do a verb."""
+    if domain.state() is State.PAUSED:
+        domain.resume()
+    if domain.alive():
+        root("thaw")
+
+
 def stop(domain: Domain, init: Init, *, limit_s: float, force: bool, meanwhile: Callable[[], None]) -> None:
     """Power off by asking init, and wait until it is gone. Without `force` a container that stays is an error.
 
