@@ -20,6 +20,8 @@ from onelxc.root import enter, syscalls
 
 KEEP = 8 * 1024
 """Bytes kept of the beginning, and again of the end, of stdout and of stderr: the answer of a probe is one datagram."""
+PACE_S = 0.002
+"""After each piece (64 KiB) of what is left out: a tenant's `yes` is not to have a processor of the host's."""
 AFTER_S = 0.5
 """How long the pipes are read on once the command has ended: a daemon that it started may hold them for ever."""
 BEGUN = "begun"
@@ -69,6 +71,7 @@ class _Kept:
         if len(self._tail) > KEEP:
             self._left_out += len(self._tail) - KEEP
             self._tail = self._tail[-KEEP:]
+            time.sleep(PACE_S)
 
     def text(self) -> bytes:
         gap = b"\n[%d bytes left out]\n" % self._left_out if self._left_out else b""
@@ -78,11 +81,12 @@ class _Kept:
 class Runner:
     """One command."""
 
-    def __init__(self, target: Target, command: str, stdin: bytes, limit_s: float) -> None:
+    def __init__(self, target: Target, command: str, stdin: bytes, limit_s: float, begin_s: float) -> None:
         self.target = target
         self._command = command
         self._stdin = memoryview(stdin)
         self._limit_s = limit_s
+        self._begin_s = begin_s
         self._streams = {"out": _Kept(), "err": _Kept()}
         self._report = b""
         self._cancelled = False
@@ -122,7 +126,7 @@ class Runner:
         poll = select.poll()
         for fd, name in fds.items():
             poll.register(fd, select.POLLOUT if name == "in" else select.POLLIN)
-        deadline = time.monotonic() + self._limit_s
+        began = time.monotonic()
         ended_at: float | None = None
         error = ""
         while True:
@@ -132,8 +136,11 @@ class Runner:
                 break
             if self._cancelled:
                 break
-            if now > deadline:
+            if now > began + self._limit_s:
                 error = f"killed after {self._limit_s:g} s"
+                break
+            if on_start >= 0 and now > began + self._begin_s:
+                error = f"it did not begin within {self._begin_s:g} s"  # a frozen control group, for one
                 break
             for fd, _ in poll.poll(100):
                 if self._serve(fd, fds[fd]):
@@ -142,7 +149,7 @@ class Runner:
                     if fds.pop(fd) == "report":
                         ended_at = time.monotonic()
             if on_start >= 0 and self._report.startswith(b"P "):
-                _tell(on_start, BEGUN)
+                self._cancelled = not _tell(on_start, BEGUN)
                 on_start = -1
         said = dict(line.split(b" ", 1) for line in self._report.split(b"\n") if b" " in line)
         if b"E" in said:
@@ -243,12 +250,15 @@ def _descendants(pid: int) -> set[int]:
     return found
 
 
-def _tell(fd: int, text: str) -> None:
+def _tell(fd: int, text: str) -> bool:
+    """Whether anybody heard it: an action that was broken off has told OpenNebula that nothing runs."""
     try:
         os.write(fd, text.encode())
     except BrokenPipeError:
-        pass  # The action was killed; the command runs.
-    os.close(fd)
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _signal(pid: int, number: int) -> None:

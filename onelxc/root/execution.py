@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 HOLD_S = 4.0
 BEGIN_S = 30.0
 CANCEL_S = 30.0
+NOBODY = 65534
 COMMAND_LIMIT = 64 * 1024
 STDIN_LIMIT = 1024 * 1024
 ANSWER_LIMIT = 40 * 1024
@@ -120,7 +121,7 @@ def begin(vm_id: int, text: str, stdin: bytes, limit_s: float) -> None:
     try:
         child = os.fork()
         if child == 0:
-            _daemon(vm_id, Runner(target, text, stdin, limit_s), on_start)
+            _daemon(vm_id, Runner(target, text, stdin, limit_s, BEGIN_S), on_start)
     finally:
         for fd in (on_start, target.pidfd, *target.groups):
             os.close(fd)
@@ -248,11 +249,11 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _root_of(pid: int) -> tuple[int, int]:
-    """The host's uid and gid of the container's root."""
+    """The host's uid and gid of the container's root; nobody's for an init that made a namespace without one."""
     ids = []
     for kind in ("uid", "gid"):
         with open(f"/proc/{pid}/{kind}_map") as file:
-            ids.append(next(int(line.split()[1]) for line in file if line.split()[0] == "0"))
+            ids.append(next((int(line.split()[1]) for line in file if line.split()[0] == "0"), NOBODY))
     return ids[0], ids[1]
 
 

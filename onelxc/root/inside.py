@@ -149,10 +149,17 @@ class _BusyError(OneLxcError):
 
 
 def _namespace(pid: int) -> int:
+    """The process's mount namespace. NoSuchDomainError if it is gone, or in ours: its number is another's by now, or
+    somebody of the host has entered the container in part. Nothing may be mounted or unmounted on the host here.
+    """
     try:
-        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise NoSuchDomainError("Cannot enter the container: it has ended") from error
+    if os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/mnt")):
+        os.close(fd)
+        raise NoSuchDomainError(f"Cannot enter the container: process {pid} is the host's")
+    return fd
 
 
 def _enter(namespace: int, step: Callable[[], None], doing: str) -> None:

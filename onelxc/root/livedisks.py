@@ -143,8 +143,8 @@ def _leave_container(vm_id: int, disk_id: int, source: str, target: str, id_base
 
 
 def _namespaces(pids: tuple[int, ...], init: int) -> list[int]:
-    """One process for each mount namespace of the container other than that of its init."""
-    seen = set()
+    """One process for each mount namespace of the container other than that of its init; never the host's own."""
+    seen = {os.readlink("/proc/self/ns/mnt")}
     found = []
     for pid in (init, *pids):
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelxc import model, wire
-from onelxc.errors import StorageError
+from onelxc.errors import HelperError, StorageError
 from onelxc.model import Prepared, Vm, VmPaths
 from onelxc.root.journal import make_state_directory
 from onelxc.root.work import Work
@@ -56,8 +56,19 @@ def _read(vm_id: int, path: str) -> Record | None:
         return Record(wire.decode(Vm, data["vm"]), wire.decode(Prepared, data["prepared"]), str(data["boot"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, HelperError) as error:
         raise StorageError(f"Cannot read the record of VM {vm_id}: {error}") from error
+
+
+def legible(vm_id: int) -> Record | None:
+    """`newest`, but None for one that cannot be read: damaged, or of another version of the driver.
+
+    For whoever gives back what a VM holds: a record tells where to look as well, and must never be what keeps the VM.
+    """
+    try:
+        return newest(vm_id)
+    except StorageError:
+        return None
 
 
 def stage(work: Work, vm: Vm, prepared: Prepared) -> None:
@@ -100,7 +111,11 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """
     from onelxc.root import holders
 
-    found = read(work.vm_id)
+    try:
+        found = read(work.vm_id)
+    except StorageError as error:
+        work.log(str(error))  # it can still be ended
+        found = None
     return {
         "ours": found is not None or os.path.exists(work.paths.state),
         "vm": model.to_json(found.vm) if found else None,

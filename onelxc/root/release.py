@@ -66,11 +66,7 @@ def everything(work: Work) -> None:
 
 
 def _stop_vnc(vm_id: int) -> None:
-    """A record that cannot be read (another version's) keeps a port at most, and must not keep the VM."""
-    try:
-        found = record.read(vm_id)
-    except StorageError:
-        return
+    found = record.legible(vm_id)
     if found is not None and found.vm.graphics is not None:
         vnc.stop(found.vm.graphics.port)
 
@@ -202,7 +198,7 @@ def remove_network_devices(vm_id: int) -> None:
 
 def _remove_ports(work: Work) -> None:
     """What an Open vSwitch still has of the VM's NICs."""
-    found = record.newest(work.vm_id)
+    found = record.legible(work.vm_id)
     if found is not None and any(nic.bridge_type == "openvswitch" for nic in found.vm.nics):
         from onelxc.root import network
 
