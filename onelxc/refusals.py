@@ -11,6 +11,26 @@ from onelxc.config import Generation
 from onelxc.errors import NotSupportedError
 
 
+def saving(this: Action) -> NotSupportedError:
+    """For `save`: whatever it is for, except for a suspend that says so."""
+    if this.request.generation is Generation.PULL:
+        text = "OpenNebula 3.2 does not say whether its files will be moved, which a frozen container would not outlive"
+        text += "; shut it down instead"
+    else:
+        text = "a container's memory cannot be written to a file; power it off, and stop, undeploy or migrate it then"
+    return NotSupportedError(f"Cannot save VM {this.vm_id}: {text}")
+
+
+def restoring(this: Action) -> NotSupportedError:
+    """For `restore` of what no save of ours can have kept."""
+    text = "no container's memory is ever written to a file, so that there is none to start from"
+    if this.request.generation is Generation.PULL:
+        text += "; delete the VM and create it anew"
+    else:
+        text += "; recover it with `onevm recover --recreate`"
+    return NotSupportedError(f"Cannot restore VM {this.vm_id}: {text}")
+
+
 def migration(this: Action) -> NotSupportedError:
     """For `migrate` and `migrate_local`: live migration."""
     if this.request.generation is Generation.PULL:

@@ -1,5 +1,8 @@
 """How does a container stand still and go on? Its tasks by the freezer of its control group, its disks by a flush.
 
+While its disks are copied their file systems are frozen as well (see `flushing`), after the tasks; for a suspend they
+are only flushed, since it has no end, and `sync` on the host would wait for it.
+
 libvirt cannot pause on cgroup v2, and on v1 it forgets when it is restarted that it has. So the helper does it, on
 both, and keeps the record: why a container stands still decides what OpenNebula is told of it.
 """
@@ -13,7 +16,7 @@ from typing import Any
 
 from onelxc import names
 from onelxc.errors import HypervisorError, NoSuchDomainError
-from onelxc.root import cgroups, mounts, orphans, record, release
+from onelxc.root import cgroups, flushing, orphans, record
 from onelxc.root.work import Work
 
 SUSPEND, SNAPSHOT = "suspend", "snapshot"
@@ -69,8 +72,12 @@ def verb_freeze(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     record.set_paused(work.vm_id, before or why)
     try:
         freeze(work.vm_id)
-        flush(work)
+        if why == SNAPSHOT:
+            flushing.freeze(work.paths)
+        else:
+            flushing.flush_all(work.paths)
     except BaseException:
+        flushing.thaw(work.paths)
         if not before:
             thaw(work.vm_id)
             record.set_paused(work.vm_id, "")
@@ -80,17 +87,12 @@ def verb_freeze(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 def verb_thaw(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb `thaw`. With `{"why": "snapshot"}`, a container that its user suspended stays so."""
+    flushing.thaw(work.paths)
     if request.get("why") == SNAPSHOT and record.paused(work.vm_id) == SUSPEND:
         return {}
     thaw(work.vm_id)
     record.set_paused(work.vm_id, "")
     return {}
-
-
-def flush(work: Work) -> None:
-    """Write all the VM's file systems out to their images."""
-    for point in mounts.mounted_below(work.paths.mounts):
-        release.flush(point)
 
 
 def _freezers(vm_id: int) -> tuple[cgroups.Group, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 from onelxc import command, names, vnc
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
-from onelxc.root import cgroups, execution, holders, mounts, orphans, record, syscalls, validate
+from onelxc.root import cgroups, execution, flushing, holders, mounts, orphans, record, validate
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
@@ -48,6 +48,7 @@ def everything(work: Work) -> None:
     images = _images(work, entries)
     steps = _Steps()
     first = work.config.first_id(work.vm_id)
+    steps.run(lambda: flushing.thaw(work.paths))
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
@@ -113,7 +114,7 @@ def give_back(work: Work, entry: Entry) -> None:
 
 def _give_back_mount(work: Work, what: dict[str, Any]) -> None:
     path = str(what["path"])
-    flush(path)
+    flushing.flush(path)
     unmount(work, path)
     for directory in (path, os.path.dirname(path)):
         try:
@@ -217,23 +218,9 @@ def unmount_all(work: Work) -> None:
     """Everything below the VM's directory of mounts, deepest first, written out before."""
     steps = _Steps()
     for point in reversed(mounts.mounted_below(work.paths.mounts)):
-        steps.run(lambda: flush(point))  # noqa: B023
+        steps.run(lambda: flushing.flush(point))  # noqa: B023
         steps.run(lambda: unmount(work, point))  # noqa: B023
     steps.finish()
-
-
-def flush(point: str) -> None:
-    """Write a file system out to its image. A mount somewhere else may outlive ours and do it too late."""
-    try:
-        fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        syscalls.syncfs(fd)
-    except OSError as error:
-        raise StorageError(f"Cannot write out {point}: {error.strerror}") from error
-    finally:
-        os.close(fd)
 
 
 def unmount(work: Work, point: str) -> None:
