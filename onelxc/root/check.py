@@ -278,6 +278,9 @@ def verb(_config: object, request: dict[str, object], _log: object) -> list[str]
 
 def main(user: str = "") -> int:
     """`onelxc-root check`, for people: a line per problem and a verdict. 1 when no container can run here."""
+    if os.geteuid() != 0:
+        print("Only root can see whether containers run here: sudo onelxc-root check")
+        return 1
     found = problems(user)
     for problem in found:
         print(problem)
