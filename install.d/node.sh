@@ -14,7 +14,7 @@ state=/var/lib/onelxc
 # one of them still runs containers.
 needed_packages=(libvirt-daemon-system libvirt-daemon-driver-lxc libvirt-clients python3-libvirt python3-lxml python3-yaml
     sudo tar util-linux mount e2fsprogs iproute2 kmod gzip xz-utils bzip2)
-useful_packages=(zstd lz4 xfsprogs btrfs-progs pciutils)
+useful_packages=(zstd lz4 xfsprogs btrfs-progs fdisk qemu-system-common pciutils)
 
 node_install() {
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node has to be run as root, on the host: sudo ./install.sh node"

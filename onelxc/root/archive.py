@@ -1,4 +1,4 @@
-"""Is an image really a tar archive, how is it compressed, and where do its bytes end?
+"""Is an image really an archive (tar, or squashfs), how is it compressed, and where do its bytes end?
 
 By content. `qemu-img resize` pads an archive with zeros when DISK/SIZE is larger (OpenNebula's transfer manager does
 that to everything); what of a file is archive and what is padding is decided here, by each format's own structure
@@ -21,6 +21,7 @@ _MAGICS = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"BZh", "bzip2"),
     (b"\x04\x22\x4d\x18", "lz4"),
+    (b"hsqs", "squashfs"),
 )
 _DECOMPRESSORS = {
     "gzip": ("gzip", "-dc"),
@@ -70,6 +71,11 @@ def _is_tar_header(block: bytes) -> bool:
 
 def _measure(fd: int, compression: str) -> Archive:
     size = os.fstat(fd).st_size
+    if compression == "squashfs":  # its superblock tells how many bytes it takes
+        end = int(struct.unpack("<Q", os.pread(fd, 8, 40).ljust(8, b"\0"))[0])
+        if end > size:
+            raise StorageError("the squashfs image is truncated")
+        return Archive(compression, end)
     last = _last_nonzero(fd, size)
     if compression == "xz":  # a stream ends in "YZ"
         return Archive(compression, last + 1, _xz_unpacked(fd, last + 1))

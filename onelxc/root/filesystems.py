@@ -35,11 +35,12 @@ class Found:
     kind: str = ""
     partitions: str = ""
     uuid: str = ""
+    label: str = ""
 
 
-def probe(path: str, *, offset: int = 0, pass_fds: tuple[int, ...] = ()) -> Found:
-    """What lies at `offset` of a device or file."""
-    argv = ["blkid", "-p", "-O", str(offset), "-o", "export", path]
+def probe(path: str, *, offset: int = 0, size: int = 0, pass_fds: tuple[int, ...] = ()) -> Found:
+    """What lies at `offset` of a device or file, in `size` bytes (0: to its end)."""
+    argv = ["blkid", "-p", "-O", str(offset), *(["-S", str(size)] if size else []), "-o", "export", path]
     try:
         out = command.run(argv, ok=(0, 2), pass_fds=pass_fds, verb=f"look at {path}")
     except CommandError as error:
@@ -47,7 +48,7 @@ def probe(path: str, *, offset: int = 0, pass_fds: tuple[int, ...] = ()) -> Foun
             raise StorageError(f"Cannot tell the file system of {path}: it bears the marks of more than one") from error
         raise
     values = dict(line.split("=", 1) for line in out.decode(errors="replace").splitlines() if "=" in line)
-    return Found(values.get("TYPE", ""), values.get("PTTYPE", ""), values.get("UUID", ""))
+    return Found(values.get("TYPE", ""), values.get("PTTYPE", ""), values.get("UUID", ""), values.get("LABEL", ""))
 
 
 def check(device: str, kind: str, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from onelxc import model
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk
-from onelxc.root import filesystems, inside, loops, mounts, record, validate
+from onelxc.root import filesystems, inside, loops, mounts, qcow2, record, validate
 from onelxc.root.work import Work
 
 _MIB = 1 << 20
@@ -54,17 +54,23 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
     with validate.find(disk.path, work.config) as image:
         if not stat.S_ISREG(image.status.st_mode):
             return before  # a volume, which its transfer manager has enlarged
-        if loops.backing_identity(device) != (image.status.st_dev, image.status.st_ino):
-            raise StorageError(f"Cannot resize disk {disk.disk_id}: {disk.path} is not what is mounted")
-        fd = image.open(os.O_RDWR)
+        shown = qcow2.place_of(work, image)
+        fd = os.open(shown, os.O_RDWR | os.O_CLOEXEC) if os.path.exists(shown) else image.open(os.O_RDWR)
     try:
-        if os.fstat(fd).st_size < size_mb * _MIB:
+        status = os.fstat(fd)
+        if loops.backing_identity(device) != (status.st_dev, status.st_ino):
+            raise StorageError(f"Cannot resize disk {disk.disk_id}: {disk.path} is not what is mounted")
+        if status.st_size < size_mb * _MIB:
             os.ftruncate(fd, size_mb * _MIB)
     except OSError as error:
         raise StorageError(f"Cannot enlarge {disk.path}: {error.strerror}") from error
     finally:
         os.close(fd)
     loops.refresh(device)
+    if mounts.device_bytes(device) < size_mb * _MIB:
+        raise NotSupportedError(
+            f"Cannot resize disk {disk.disk_id} while it is mounted: it is partitioned; the image has the new size"
+        )
     return before
 
 

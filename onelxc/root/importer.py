@@ -58,6 +58,7 @@ _TAR = (
     "--warning=no-unknown-keyword",
     "--warning=no-xattr-write",
 )
+_COPY = ("cp", "--archive", "--sparse=auto", f"{jail.SOURCE}/.", f"{jail.TARGET}/")
 _NO_SPACE = re.compile("No space left on device|Wrote only [0-9]+ of")
 
 
@@ -93,8 +94,8 @@ def import_archive(
             return False
         try:
             archive = archives.detect(fd)
-            if archive is None:
-                return False
+            if archive is None or (archive.compression == "squashfs" and init is None):
+                return False  # a squashfs with data is mounted as it is, read-only
             _Import(dir_fd, name, fd, archive, size_mb, init, log, abort, limits, cache).run()
         except (StorageError, CommandError) as error:
             text = str(error)
@@ -149,11 +150,14 @@ class _Import:
             finally:
                 os.close(image)
             self.log(
-                f"imported {self.name} ({self.archive.compression} tar, {self.archive.end >> 20} MiB) as ext4:"
+                f"imported {self.name} ({self._kind()}, {self.archive.end >> 20} MiB) as ext4:"
                 f" {content >> 20} MiB in {final >> 20} MiB, {time.monotonic() - began:.1f} s"
             )
             return
         raise StorageError(self._beyond(largest, None))
+
+    def _kind(self) -> str:
+        return self.archive.compression + ("" if self.archive.compression == "squashfs" else " tar")
 
     def _from_cache(self) -> bool:
         """Start from the image of an earlier import, if there is one. Its trouble is not the deploy's."""
@@ -228,7 +232,10 @@ class _Import:
         try:
             with contextlib.suppress(OSError):
                 os.rmdir("lost+found", dir_fd=mount_fd)
-            self._unpack(mount_fd)
+            if self.archive.compression == "squashfs":
+                self._copy(mount_fd)
+            else:
+                self._unpack(mount_fd)
             layout.hoist(mount_fd)
             if self.init is not None:
                 rootfs.find_init(mount_fd, self.init)
@@ -277,6 +284,25 @@ class _Import:
             raise StorageError(f"{'the archive is corrupt: ' if broken else ''}tar: {said}")
         if "** Block of NULs **" not in outcome.stdout:
             raise StorageError("the archive is truncated: it has no end-of-archive mark")
+
+    def _copy(self, mount_fd: int) -> None:
+        """Out of a squashfs: the kernel reads it, cp writes what it finds."""
+
+        def watch(stderr: str) -> bool:
+            self.abort()
+            self._watch_space()
+            return _NO_SPACE.search(stderr) is not None
+
+        with loops.attach(self.fd, read_only=True, name=self.name) as loop:
+            source = filesystems.mount(loop.path, "squashfs", read_only=True, nodev=True)
+        try:
+            outcome = jail.unpack(mount_fd, _COPY, (), (), watch, limit_s=self.limits.seconds, source_fd=source)
+        finally:
+            os.close(source)
+        if _NO_SPACE.search(outcome.stderr):
+            raise _TooSmall
+        if outcome.status != 0:
+            raise StorageError(_first_line(outcome.stderr) or f"cp: exit code {outcome.status}")
 
     def _chunks(self) -> Iterator[bytes]:
         sha = hashlib.sha256()
@@ -354,7 +380,7 @@ def _wait_unmounted(path: str, limit_s: float = 20.0) -> None:
 def _first_line(text: str) -> str:
     """A program's complaint without its own name and tar's block numbers."""
     for line in text.splitlines():
-        line = re.sub(r"^(?:\S*/)?(?:tar|gzip|xz|zstd|bzip2|lz4)\s*:\s*", "", line.strip())
+        line = re.sub(r"^(?:\S*/)?(?:tar|gzip|xz|zstd|bzip2|lz4|cp)\s*:\s*", "", line.strip())
         line = re.sub(r"^block \d+:\s*", "", line)
         if line and not line.startswith("Removing leading") and "Warning:" not in line:
             return line

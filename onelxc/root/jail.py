@@ -23,6 +23,7 @@ from onelxc.errors import StorageError
 from onelxc.root import syscalls
 
 TARGET = "/t"
+SOURCE = "/s"
 _DIRECTORIES = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
 _CAPABILITIES = (
     syscalls.CAP_CHOWN,
@@ -57,8 +58,11 @@ def unpack(
     watch: Callable[[str], bool],
     *,
     limit_s: float,
+    source_fd: int = -1,
 ) -> Outcome:
     """Run `argv` with the detached mount at TARGET and `source` on its stdin, through `filter_argv` if that is not ().
+
+    `source_fd` is another detached mount, seen at SOURCE.
 
     `watch` is called several times a second with what `argv` wrote on stderr so far. True ends the run at once; what
     it raises (a cancel, no space left) ends it as well and is passed on. Nothing of the jail outlives this call.
@@ -68,7 +72,7 @@ def unpack(
     outer = {name: pair[1] if name == "input" else pair[0] for name, pair in pipes.items()}
     pid = os.fork()
     if pid == 0:
-        _outside(mount_fd, argv, filter_argv, inner, os.getppid())
+        _outside({TARGET: mount_fd, SOURCE: source_fd}, argv, filter_argv, inner, os.getppid())
     for fd in inner.values():
         os.close(fd)
     try:
@@ -143,7 +147,9 @@ def _pump(
     return texts
 
 
-def _outside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int], parent: int) -> None:
+def _outside(
+    trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int], parent: int
+) -> None:
     """The first child: leaves the host's namespaces and waits for the second, the jail's init. Never returns."""
     status = 1
     try:
@@ -152,7 +158,7 @@ def _outside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds
         # SIGTERM waits until there is somebody to be killed
         signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGTERM,))
         os.setsid()
-        _keep_only({mount_fd, *fds.values()})
+        _keep_only({*trees.values(), *fds.values()} - {-1})
         syscalls.die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
@@ -167,12 +173,13 @@ def _outside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds
         if pid == 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             syscalls.die_with_parent()
-            _inside(mount_fd, argv, filter_argv, fds)
+            _inside(trees, argv, filter_argv, fds)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for fd in fds.values():
             os.close(fd)
-        os.close(mount_fd)
+        for fd in set(trees.values()) - {-1}:
+            os.close(fd)
         status = 0 if os.waitpid(pid, 0)[1] == 0 else 1
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -193,11 +200,11 @@ def _keep_only(fds: set[int]) -> None:
         os.dup2(null, fd)
 
 
-def _inside(mount_fd: int, argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int]) -> None:
+def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int]) -> None:
     """The second child, process 1 of the jail: builds the root, runs the two programs, tells how they ended."""
     status = 1
     try:
-        _build(mount_fd)
+        _build(trees)
         os.umask(0)
         filter_pid = 0
         stdin = fds["input"]
@@ -244,7 +251,7 @@ def _start(argv: Sequence[str], streams: dict[int, int], capabilities: tuple[int
     return 0
 
 
-def _build(mount_fd: int) -> None:
+def _build(given: dict[str, int]) -> None:
     """Pivot into a root that holds the host's programs, read-only, and the new file system."""
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     links, trees = {}, {}
@@ -264,12 +271,15 @@ def _build(mount_fd: int) -> None:
     for path, tree in trees.items():
         os.mkdir(path[1:])
         syscalls.move_mount(tree, path[1:])
-    os.mkdir(TARGET[1:])
-    syscalls.move_mount(mount_fd, TARGET[1:])
+    for path, fd in given.items():
+        if fd >= 0:
+            os.mkdir(path[1:])
+            syscalls.move_mount(fd, path[1:])
     syscalls.mount_setattr(root, set_=syscalls.ATTR_RDONLY)
     syscalls.pivot_root(".", ".")
     # The old root lies over the new one now (pivot_root(2), "pivot_root(".", ".")"); nothing but this namespace has it.
     syscalls.umount(".", syscalls.MNT_DETACH)
     os.chdir("/")
-    for fd in (root, mount_fd, *trees.values()):
-        os.close(fd)
+    for fd in (root, *trees.values(), *given.values()):
+        if fd >= 0:
+            os.close(fd)

@@ -168,7 +168,9 @@ def _give_back(work: Work, disk: Disk | None, source: str) -> None:
             pass  # the file has gone already; the mount and its device have not
     for entry in work.journal.held():
         mine = entry.kind == "mount" and entry.what.get("path") == source
-        if mine or (entry.kind == "loop" and image == (entry.what.get("dev"), entry.what.get("ino"))):
+        file = entry.kind in ("loop", "qcow2") and image == (entry.what.get("dev"), entry.what.get("ino"))
+        ceph = entry.kind == "rbd" and disk is not None and disk.path == f"rbd:{entry.what.get('image')}"
+        if mine or file or ceph:
             release.give_back(work, entry)
 
 

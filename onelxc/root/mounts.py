@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onelxc.errors import StorageError
-from onelxc.root import filesystems, idmap, loops, syscalls
+from onelxc.root import filesystems, idmap, loops, partitions, shift, syscalls
 
 Log = Callable[[str], None]
 _MIB = 1 << 20
@@ -60,18 +60,30 @@ def open_image(
     a smaller image file is enlarged to it. `root` is the disk with the root file system, which may hold device nodes.
     """
     status = os.fstat(fd)
+    part = None
     if stat.S_ISBLK(status.st_mode):
         device = os.path.realpath(f"/proc/self/fd/{fd}")
-        return _open_device(device, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
-    if not stat.S_ISREG(status.st_mode):
+        part = _partition(device, fd, name, log, root)
+        if part is None:
+            return _open_device(device, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+    elif not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a file"
         raise StorageError(f"Cannot use {name}: it is {kind}")
-    if size_mb and not read_only and size_mb * _MIB - status.st_size >= _MIB:
+    if part is None and size_mb and not read_only and size_mb * _MIB - status.st_size >= _MIB:
         # looked at before: what is no image is not ours to change
         _refuse_unknown(filesystems.probe(f"/proc/self/fd/{fd}", pass_fds=(fd,)), name)
         os.ftruncate(fd, size_mb * _MIB)
-    with loops.attach(fd, read_only=read_only, name=name) as loop:
+    if part is None:
+        part = _partition(f"/proc/self/fd/{fd}", fd, name, log, root)
+    offset, size = (part.offset, part.size) if part else (0, 0)
+    with loops.attach(fd, read_only=read_only, name=name, offset=offset, size=size) as loop:
         return _open_device(loop.path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+
+
+def _partition(device: str, fd: int, name: str, log: Log, root: bool) -> partitions.Partition | None:
+    """The partition to mount, None where the whole image is one file system."""
+    found = filesystems.probe(device, pass_fds=(fd,))
+    return partitions.choose(device, fd, name, log, root=root) if found.partitions and not found.kind else None
 
 
 def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
@@ -81,12 +93,18 @@ def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: boo
         filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)
         filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
     fd = filesystems.mount(device, found.kind, read_only=read_only, nodev=not root)
-    return Detached(fd, found.kind, device)
+    detached = Detached(fd, found.kind, device)
+    try:
+        detached.stored_first = shift.stored_first(fd, log) if root else 0
+    except BaseException:
+        detached.close()
+        raise
+    return detached
 
 
 def _refuse_unknown(found: filesystems.Found, name: str) -> None:
-    if found.kind not in filesystems.SUPPORTED:
-        what = f"a {found.partitions} partition table" if found.partitions and not found.kind else found.kind
+    if found.kind not in filesystems.SUPPORTED and not (found.partitions and not found.kind):
+        what = found.kind
         raise StorageError(f"Cannot mount {name}: " + (f"it holds {what}" if what else "there is no file system in it"))
 
 

@@ -26,6 +26,8 @@ from onelxc.root import (
     loops,
     mounts,
     network,
+    qcow2,
+    rbd,
     record,
     rootfs,
     validate,
@@ -98,25 +100,7 @@ def make_private(directory: str, id_base: int | None) -> None:
 def _root(work: Work, vm: Vm, points: Iterable[tuple[str, bool]], id_base: int | None) -> tuple[Init, str]:
     """Mount the root file system; which init is in it, and its block device."""
     disk = vm.root_disk
-    with validate.find(disk.path, work.config) as found:
-        if stat.S_ISDIR(found.status.st_mode):
-            raise StorageError(f"Cannot use {disk.path}: {_A_DIRECTORY}")
-        _import(work, found, disk, vm.init)
-    # opened anew: an import has put another file in its place
-    with validate.find(disk.path, work.config) as found:
-        fd = open_image(work, found, read_only=disk.read_only)
-        try:
-            opened = mounts.open_image(
-                fd,
-                disk.path,
-                work.log,
-                read_only=disk.read_only,
-                root=True,
-                size_mb=disk.size_mb,
-                fsck_limit_s=work.config.fsck_timeout_s,
-            )
-        finally:
-            os.close(fd)
+    opened = _open_mount(work, disk, vm.init)
     with opened as detached:
         rootfs.prepare(detached.fd, points)
         init = rootfs.find_init(detached.fd, vm.init)
@@ -164,36 +148,54 @@ def _context(work: Work, disk: Disk, id_base: int | None) -> None:
         mounts.place(detached, work.paths.context, id_base=None)
 
 
-def open_image(work: Work, found: validate.Found, *, read_only: bool) -> int:
-    """A descriptor of the image for the loop device; the image is in the journal from here on."""
-    status = found.status
-    if stat.S_ISREG(status.st_mode):
-        work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
-    return found.open(os.O_RDONLY if read_only else os.O_RDWR)
-
-
-def mount_data_disk(work: Work, disk: Disk, id_base: int | None) -> str:
-    """Mount a data disk at its place on the host; a volatile one is formatted first. Gives its block device."""
-    with validate.find(disk.path, work.config) as found:
-        if stat.S_ISDIR(found.status.st_mode):
-            raise StorageError(f"Cannot use {disk.path}: it is a directory, not the image of a disk")
-        _import(work, found, disk, None)
-    with validate.find(disk.path, work.config) as found:
-        fd = open_image(work, found, read_only=disk.read_only)
-    target = work.paths.disk(disk.disk_id)
+def _open_mount(work: Work, disk: Disk, init: str | None) -> mounts.Detached:
+    """A disk's file system as a detached mount, whatever the disk is. `init` is what a root file system must hold."""
+    fd = _open_disk(work, disk, init)
     try:
         if disk.kind == "fs" and not disk.read_only:
             _format(fd, disk)
-        opened = mounts.open_image(
+        return mounts.open_image(
             fd,
             disk.path,
             work.log,
             read_only=disk.read_only,
+            root=init is not None,
             size_mb=disk.size_mb,
             fsck_limit_s=work.config.fsck_timeout_s,
         )
     finally:
         os.close(fd)
+
+
+def _open_disk(work: Work, disk: Disk, init: str | None) -> int:
+    """A descriptor of the disk's raw bytes: a file or a block device. What it takes is in the journal."""
+    if disk.path.startswith(rbd.PREFIX):
+        return rbd.open_image(work, disk)
+    with validate.find(disk.path, work.config) as found:
+        if stat.S_ISDIR(found.status.st_mode):
+            raise StorageError(f"Cannot use {disk.path}: {_A_DIRECTORY}")
+        _import(work, found, disk, init)
+    # opened anew: an import has put another file in its place
+    with validate.find(disk.path, work.config) as found:
+        return open_image(work, found, read_only=disk.read_only)
+
+
+def open_image(work: Work, found: validate.Found, *, read_only: bool) -> int:
+    """A descriptor of an image's raw bytes for the loop device; the image is in the journal from here on."""
+    status = found.status
+    if stat.S_ISREG(status.st_mode):
+        work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
+    fd = found.open(os.O_RDONLY if read_only else os.O_RDWR)
+    if stat.S_ISREG(status.st_mode) and qcow2.is_qcow2(fd):
+        os.close(fd)
+        return qcow2.export(work, found, read_only=read_only)
+    return fd
+
+
+def mount_data_disk(work: Work, disk: Disk, id_base: int | None) -> str:
+    """Mount a data disk at its place on the host; a volatile one is formatted first. Gives its block device."""
+    target = work.paths.disk(disk.disk_id)
+    opened = _open_mount(work, disk, None)
     with opened as detached:
         device = detached.device
         work.journal.take("mount", path=target)

@@ -18,7 +18,7 @@ from typing import Any
 from onelxc import command, names, vnc
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
-from onelxc.root import cgroups, execution, flushing, holders, mounts, orphans, record, validate
+from onelxc.root import cgroups, execution, flushing, holders, mounts, orphans, qcow2, rbd, record, validate
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
@@ -161,6 +161,8 @@ def _give_back_nic(work: Work, what: dict[str, Any]) -> None:
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "mount": _give_back_mount,  # path
     "loop": _give_back_loop,  # dev, ino of the image; path for people
+    "qcow2": qcow2.give_back,  # path of what is shown; dev, ino of the image
+    "rbd": rbd.give_back,  # image, options
     "file": _give_back_file,  # path
     "domain": _give_back_domain,
     "nic": _give_back_nic,  # nic

@@ -69,6 +69,9 @@ def make_directory(root_fd: int, path: str) -> None:
     directory = syscalls.openat2(root_fd, parent, os.O_PATH | os.O_DIRECTORY)
     try:
         os.mkdir(name, 0o755, dir_fd=directory)
+        owner = os.fstat(root_fd)  # other than 0 in an image that another driver shifted
+        if (os.geteuid(), os.getegid()) != (owner.st_uid, owner.st_gid) and os.geteuid() == 0:
+            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=directory, follow_symlinks=False)
     except FileExistsError as error:
         # A symbolic link that leads nowhere: nothing may be made behind it, and libvirt could not mount there.
         raise StorageError(f"Cannot make {below} in the root file system: a dangling symbolic link is there") from error

@@ -1,0 +1,167 @@
+"""How does a qcow2 image become something to mount? As a raw file that qemu-storage-daemon shows through FUSE.
+
+This needs no nbd module. The daemon is told every file of the chain by descriptor, each found in a datastore by
+`validate`, and the format of each: what an image's header says about other files opens nothing. It belongs to the VM:
+in the journal before it is started, ended when the VM's mounts are gone, which flushes the image and lets go of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import time
+from typing import Any
+
+from onelxc import command
+from onelxc.errors import CommandError, StorageError
+from onelxc.root import mounts, orphans, validate
+from onelxc.root.work import Work
+
+_MAGIC = b"QFI\xfb"
+_DAEMON = "qemu-storage-daemon"
+_LAYERS = 32
+_EXTERNAL_DATA = 1 << 2
+_BACKING_FORMAT = 0xE2792ACA
+_END_S = 60.0
+
+
+def is_qcow2(fd: int) -> bool:
+    """By content."""
+    return os.pread(fd, 4, 0) == _MAGIC
+
+
+def place_of(work: Work, found: validate.Found) -> str:
+    """Where the raw view of an image is shown, if it is."""
+    return os.path.join(work.paths.mounts, f"qcow2.{found.name}")
+
+
+def export(work: Work, found: validate.Found, *, read_only: bool) -> int:
+    """A descriptor of a raw view of the image `found`. The VM's release ends what makes it."""
+    status = found.status
+    place = place_of(work, found)
+    layers = _chain(work, found, read_only)
+    try:
+        work.journal.take("qcow2", path=place, dev=status.st_dev, ino=status.st_ino)
+        with open(place, "wb"):
+            pass
+        nodes = []
+        for number in reversed(range(len(layers))):
+            fd, form = layers[number]
+            file = {"driver": "file", "filename": f"/proc/self/fd/{fd}", "read-only": number > 0 or read_only}
+            node: dict[str, Any] = {"driver": form, "node-name": f"n{number}", "file": file}
+            node["read-only"] = number > 0 or read_only
+            if form == "qcow2":
+                node["backing"] = f"n{number + 1}" if number + 1 < len(layers) else None
+            if number == 0:
+                node["discard"] = "unmap"
+            nodes += ["--blockdev", json.dumps(node)]
+        shown = {"type": "fuse", "id": "disk", "node-name": "n0", "mountpoint": place, "writable": not read_only}
+        if not read_only:
+            shown["growable"] = True
+        argv = [_DAEMON, *nodes, "--export", json.dumps(shown), "--daemonize", "--pidfile", _pid_file(place)]
+        try:
+            command.run(argv, pass_fds=tuple(fd for fd, _ in layers), verb=f"open {found.path} as qcow2")
+        except CommandError as error:
+            raise StorageError(str(error)) from error
+        return os.open(place, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"Cannot open {found.path} as qcow2: {error.strerror}") from error
+    finally:
+        for fd, _ in layers:
+            os.close(fd)
+
+
+def _pid_file(place: str) -> str:
+    return f"{place}.pid"
+
+
+def _chain(work: Work, top: validate.Found, read_only: bool) -> list[tuple[int, str]]:
+    """(descriptor, format) of the image and of each file behind it."""
+    layers: list[tuple[int, str]] = []
+    try:
+        layers.append((top.open(os.O_RDONLY if read_only else os.O_RDWR), "qcow2"))
+        real = top.real
+        while layers[-1][1] == "qcow2":
+            backing, form = _header(layers[-1][0], top.path)
+            if not backing:
+                break
+            if len(layers) >= _LAYERS:
+                raise StorageError(f"Cannot open {top.path} as qcow2: more than {_LAYERS} images lie behind it")
+            with validate.find(os.path.join(os.path.dirname(real), backing), work.config) as below:
+                real = below.real
+                layers.append((below.open(os.O_RDONLY), form))
+    except BaseException:
+        for fd, _ in layers:
+            os.close(fd)
+        raise
+    return layers
+
+
+def _header(fd: int, name: str) -> tuple[str, str]:
+    """(backing file, its format) as the header has them (docs/interop/qcow2.txt of QEMU)."""
+    header = os.pread(fd, 104, 0)
+    if len(header) < 72 or header[:4] != _MAGIC:
+        raise StorageError(f"Cannot open {name} as qcow2: its header is damaged")
+    version, offset, length = struct.unpack_from(">IQI", header, 4)
+    crypt = struct.unpack_from(">I", header, 32)[0]
+    features, header_length = 0, 72
+    if version >= 3 and len(header) == 104:
+        features = struct.unpack_from(">Q", header, 72)[0]
+        header_length = struct.unpack_from(">I", header, 100)[0]
+    if features & _EXTERNAL_DATA:
+        raise StorageError(f"Cannot open {name} as qcow2: its data are in another file, which is not supported")
+    if crypt:
+        raise StorageError(f"Cannot open {name} as qcow2: it is encrypted")
+    if not offset:
+        return "", ""
+    if length > 1023:
+        raise StorageError(f"Cannot open {name} as qcow2: its header is damaged")
+    backing = os.fsdecode(os.pread(fd, length, offset))
+    form = _backing_format(fd, header_length, offset)
+    if form not in ("raw", "qcow2") or backing.startswith("json:") or "\0" in backing:
+        raise StorageError(f"Cannot open {name} as qcow2: it does not say what the image behind it ({backing}) is")
+    return backing, form
+
+
+def _backing_format(fd: int, position: int, end: int) -> str:
+    """The header extension that names the backing file's format; "" if there is none."""
+    while position + 8 <= end:
+        kind, length = struct.unpack(">II", os.pread(fd, 8, position).ljust(8, b"\0"))
+        if kind == 0:
+            break
+        if kind == _BACKING_FORMAT and length < 64:
+            return os.pread(fd, length, position + 8).decode(errors="replace")
+        position += 8 + (length + 7) // 8 * 8
+    return ""
+
+
+def give_back(work: Work, what: dict[str, Any]) -> None:
+    """End the daemon and remove what it showed. While something is still mounted from it, that is an error."""
+    place = str(what["path"])
+    mounts.unmount(place)
+    pid = _pid(place)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _END_S
+        while not orphans.is_dead(pid):
+            if time.monotonic() > deadline:
+                raise StorageError(f"Cannot let go of {place}: {_DAEMON} ({pid}) does not end")
+            time.sleep(0.01)
+    for path in (place, _pid_file(place)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _pid(place: str) -> int | None:
+    """The daemon of this export, if it runs: the file's word counts only with the command line to it."""
+    try:
+        with open(_pid_file(place), encoding="ascii") as file:
+            pid = int(file.read())
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return pid if os.fsencode(place) in line.read() else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,87 @@
+"""How does a Ceph image become a block device of this host? Through `rbd device map`, and away again by unmap.
+
+What a caller may say of it is checked here: names that are names, and a configuration that lies in /etc/ceph, since rbd
+runs as root and believes what it is configured with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from typing import Any
+
+from onelxc import command
+from onelxc.errors import CommandError, StorageError
+from onelxc.model import Disk
+from onelxc.root.work import Work
+
+PREFIX = "rbd:"
+_IMAGE = re.compile(r"[A-Za-z0-9_.][\w.-]*/[A-Za-z0-9_.][\w.-]*(@[\w.-]+)?\Z", re.ASCII)
+_USER = re.compile(r"[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
+_CONFIGURATION = re.compile(r"/etc/ceph/[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
+_MAP_S = 120.0
+
+
+def open_image(work: Work, disk: Disk) -> int:
+    """Map the image of `disk` and open its device. The VM's release unmaps it."""
+    image = disk.path[len(PREFIX) :]
+    options = _options(disk)
+    if not _IMAGE.match(image):
+        raise StorageError(f"Cannot map {disk.path}: not `pool/image`")
+    work.journal.take("rbd", image=image, options=options)
+    device = _mapped(image, options)
+    if device is None:
+        access = ["--read-only"] if disk.read_only else []
+        device = _rbd(["map", *access, image, *options], f"map the Ceph image {image}").strip()
+    try:
+        fd = os.open(device, (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"Cannot open {device}, the Ceph image {image}: {error.strerror}") from error
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StorageError(f"Cannot open {device}, the Ceph image {image}: it is no block device")
+    return fd
+
+
+def _options(disk: Disk) -> list[str]:
+    options = []
+    if disk.ceph_user:
+        if not _USER.match(disk.ceph_user):
+            raise StorageError(f"Cannot map {disk.path}: {disk.ceph_user!r} is no name of a Ceph user")
+        options += ["--id", disk.ceph_user]
+    if disk.ceph_conf:
+        if not _CONFIGURATION.match(disk.ceph_conf):
+            raise StorageError(f"Cannot map {disk.path}: CEPH_CONF has to lie in /etc/ceph: {disk.ceph_conf!r}")
+        options += ["--conf", disk.ceph_conf]
+    return options
+
+
+def give_back(work: Work, what: dict[str, Any]) -> None:
+    """Unmap; an image that is not mapped is unmapped."""
+    image, options = str(what["image"]), [str(word) for word in what["options"]]
+    device = _mapped(image, options)
+    if device is not None:
+        _rbd(["unmap", device, *options], f"unmap the Ceph image {image}")
+
+
+def _mapped(image: str, options: list[str]) -> str | None:
+    """The device of an image that is mapped on this host."""
+    text = _rbd(["list", "--format", "json", *options], "list the Ceph images of this host")
+    name, _, snapshot = image.partition("@")
+    try:
+        listed = json.loads(text or "[]")
+        for one in listed.values() if isinstance(listed, dict) else listed:
+            if f"{one['pool']}/{one['name']}" == name and one.get("snap", "-") == (snapshot or "-"):
+                return str(one["device"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"Cannot list the Ceph images of this host: {error}") from error
+    return None
+
+
+def _rbd(words: list[str], doing: str) -> str:
+    try:
+        return command.run(["rbd", "device", *words], timeout_s=_MAP_S, verb=doing).decode(errors="replace")
+    except CommandError as error:
+        raise StorageError(str(error)) from error

@@ -1,0 +1,287 @@
+"""Every kind of image: deployed, written to, powered off, deployed again, read, cancelled, on real containers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onelxc.root import loops
+from tests.support import images, machine
+from tests.support.frontends import MONITORD
+from tests.support.vms import Vm
+
+NewVm = Callable[..., Vm]
+XFS_MB = 320
+
+
+def sh(*argv: str, input: str | None = None) -> str:
+    return subprocess.run(argv, check=True, input=input, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tree") / "root"
+    path.mkdir()
+    path.chmod(0o755)
+    images.busybox_tree(str(path))
+    return path
+
+
+def empty(path: Path, size_mb: int) -> Path:
+    with open(path, "wb") as file:
+        file.truncate(size_mb << 20)
+    return path
+
+
+@contextlib.contextmanager
+def mounted(path: Path, *, offset: int = 0, size: int = 0) -> Iterator[Path]:
+    target = path.with_suffix(".mnt")
+    target.mkdir()
+    with open(path, "r+b") as file, loops.attach(file.fileno(), offset=offset, size=size) as loop:
+        sh("mount", loop.path, str(target))
+        try:
+            yield target
+        finally:
+            sh("umount", str(target))
+            target.rmdir()
+
+
+def filled(path: Path, tree: Path, kind: str, size_mb: int) -> Path:
+    empty(path, size_mb)
+    sh(f"mkfs.{kind}", "-q", str(path))
+    with mounted(path) as mnt:
+        sh("cp", "-a", f"{tree}/.", f"{mnt}/")
+    return path
+
+
+def partitioned(path: Path, tree: Path, label: str) -> Path:
+    """A small /boot first, then the root, then a larger file system for data; the fstab tells which is which."""
+    sizes = {"boot": 16, "root": 40, "data": 60}
+    empty(path, 128)
+    lines = [f"label: {label}", *(f"size={mb}MiB, type={'83' if label == 'dos' else 'L'}" for mb in sizes.values())]
+    sh("sfdisk", "-q", str(path), input="\n".join(lines) + "\n")
+    table = json.loads(sh("sfdisk", "--json", str(path)))["partitiontable"]
+    identity = str(uuid.uuid4())
+    for (name, mb), row in zip(sizes.items(), table["partitions"]):
+        offset = int(row["start"]) * 512
+        with open(path, "r+b") as file, loops.attach(file.fileno(), offset=offset, size=mb << 20) as loop:
+            extra = ["-U", identity] if name == "root" else []
+            sh("mkfs.ext4", "-q", *extra, loop.path)
+        with mounted(path, offset=offset, size=mb << 20) as mnt:
+            if name == "root":
+                sh("cp", "-a", f"{tree}/.", f"{mnt}/")
+                (mnt / "etc/fstab").write_text(f"# made by a test\nUUID={identity} / ext4 defaults 0 1\n")
+    return path
+
+
+def shifted(path: Path, tree: Path) -> Path:
+    filled(path, tree, "ext4", 64)
+    with mounted(path) as mnt:
+        for directory, names, files in os.walk(mnt):
+            for name in [".", *names, *files]:
+                item = os.path.join(directory, name)
+                status = os.lstat(item)
+                if status.st_uid < 65536:
+                    os.chown(item, status.st_uid + 100000, status.st_gid + 100000, follow_symlinks=False)
+                    if not os.path.islink(item):
+                        os.chmod(item, status.st_mode & 0o7777)
+    return path
+
+
+def qcow2(path: Path, tree: Path) -> Path:
+    """Smaller than its virtual size, with an internal snapshot."""
+    raw = filled(path.with_suffix(".raw"), tree, "ext4", 64)
+    sh("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path))
+    sh("qemu-img", "snapshot", "-c", "first", str(path))
+    sh("qemu-img", "resize", "-q", "-f", "qcow2", str(path), "96M")
+    return path
+
+
+def squashfs(path: Path, tree: Path) -> Path:
+    sh("mksquashfs", str(tree), str(path), "-quiet", "-no-progress", "-comp", "gzip")
+    return path
+
+
+KINDS: dict[str, Callable[[Path, Path], Path]] = {
+    "ext4": lambda path, tree: filled(path, tree, "ext4", 64),
+    "xfs": lambda path, tree: filled(path, tree, "xfs", XFS_MB),
+    "btrfs": lambda path, tree: filled(path, tree, "btrfs", 128),
+    "dos": lambda path, tree: partitioned(path, tree, "dos"),
+    "gpt": lambda path, tree: partitioned(path, tree, "gpt"),
+    "shifted": shifted,
+    "qcow2": qcow2,
+    "squashfs": squashfs,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_written_is_there_after_a_power_off(vm: NewVm, tree: Path, tmp_path: Path, kind: str) -> None:
+    one = vm(str(KINDS[kind](tmp_path / "image", tree))).deployed().booted()
+    assert one.inside("stat -c %u:%g /bin/busybox /home/user").split() == ["0:0", "1000:1000"]
+    assert one.inside("stat -c %a /usr/bin/sudo") == "4755\n"
+    one.inside("head -c 3000000 /dev/urandom > /root/data; md5sum /root/data > /root/sum")
+    one.act("shutdown").ok()
+    assert loops.loops_of(one.path("disk.0")) == ()
+    one.deployed().booted(2)
+    one.inside("md5sum -c /root/sum")
+    one.act("cancel").ok()
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_siblings_run_at_once_and_grow(vm: NewVm, tree: Path, tmp_path: Path, kind: str) -> None:
+    """Clones of one image have one UUID. A larger SIZE grows the file system before start, or right after."""
+    size = {"xfs": XFS_MB, "btrfs": 128, "ext4": 64}[kind]
+    image = str(filled(tmp_path / "image", tree, kind, size))
+    both = [vm(image), vm(image)]
+    both[1].disks[0]["SIZE"] = str(size + 200)
+    for number, one in enumerate(both):
+        one.deployed().booted().inside(f"echo {number} > /root/who; sync")
+    for number, one in enumerate(both):
+        assert one.inside("cat /root/who") == f"{number}\n"
+    kib = [int(one.inside("df -k / | tail -n 1 | awk '{print $2}'")) for one in both]
+    assert kib[1] - kib[0] > 150 << 10
+
+
+def test_killed_containers_lose_nothing_that_was_synced(vm: NewVm) -> None:
+    """kill -9 of the container; the image is flushed and let go of before anybody may copy it."""
+    one = vm(images.busybox_ext4()).deployed().booted()
+    one.inside("echo kept > /root/kept; sync")
+    os.kill(machine.init_pid(one.name), 9)
+    one.act("cancel").ok()
+    assert loops.loops_of(one.path("disk.0")) == ()
+    assert "clean" in sh("dumpe2fs", "-h", one.path("disk.0"))
+    one.deployed().booted(2)
+    assert one.inside("cat /root/kept") == "kept\n"
+
+
+def test_an_unclean_file_system_is_repaired_first_and_a_broken_one_told(vm: NewVm, tmp_path: Path) -> None:
+    one = vm(images.busybox_ext4())
+    path = one.path("disk.0")
+    sh("debugfs", "-w", "-R", "set_super_value state 0", path)
+    one.deployed().booted().inside("echo x > /root/x")
+    one.act("cancel").ok()
+    sh("debugfs", "-w", "-R", "set_super_value state 2", path)
+    sh("debugfs", "-w", "-R", "clri /bin", path)
+    refused = one.deploy()
+    assert refused.code == 1
+    message = one.driver.message(refused)
+    assert "e2fsck" in message, message
+    assert "RUN fsck MANUALLY" in message, message
+
+
+def test_symbolic_links_are_followed_and_stay(vm: NewVm, tmp_path: Path) -> None:
+    """A persistent image lies in the image datastore and disk.0 is a link to it: also an archive becomes one there."""
+    one = vm(None)
+    store = Path("/var/lib/one/datastores/1")
+    store.mkdir(parents=True, exist_ok=True)
+    image = store / f"image-{one.vm_id}"
+    shutil.copy(images.busybox_tar(), image)
+    one.give(str(image))
+    one.disks.append({"DISK_ID": 0, "TARGET": "sda", "PERSISTENT": "YES"})
+    os.symlink(image, one.path("disk.0"))
+    try:
+        one.deployed().booted().inside("echo kept > /root/kept")
+        one.act("cancel").ok()
+        assert os.readlink(one.path("disk.0")) == str(image)
+        with mounted(image) as mnt:
+            assert (mnt / "root/kept").read_text() == "kept\n"
+    finally:
+        image.unlink()
+        with contextlib.suppress(OSError):
+            store.rmdir()
+
+
+def test_a_qcow2_with_a_backing_file(vm: NewVm, tree: Path, tmp_path: Path) -> None:
+    """The base stays as it is. A header that names a file outside of the datastores opens nothing."""
+    one = vm(None)
+    base = filled(tmp_path / "base", tree, "ext4", 64)
+    shutil.copy(base, one.path("base"))
+    before = machine.command("md5sum", one.path("base"))
+    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base", one.path("disk.0"))
+    one.give(one.path("disk.0"))
+    one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2"})
+    one.deployed().booted().inside("echo kept > /root/kept")
+    one.act("cancel").ok()
+    one.deployed().booted(2)
+    assert one.inside("cat /root/kept") == "kept\n"
+    one.act("cancel").ok()
+    assert machine.command("md5sum", one.path("base")) == before
+    os.unlink(one.path("disk.0"))
+    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), one.path("disk.0"))
+    one.give(one.path("disk.0"))
+    refused = one.deploy()
+    assert refused.code == 1
+    assert "does not lie in a datastore" in one.driver.message(refused)
+
+
+FAKE_RBD = """#!/bin/sh
+# as far as `rbd device` is used: the cluster is a directory of images, its devices are loops
+cd /srv/ceph || exit 2
+echo "$*" >> /srv/ceph/calls
+case "$2" in
+map) shift 2; for word; do case $word in */*) image=${word#*/};; esac; done
+     [ -e "$image" ] || { echo "rbd: error opening image $image: (2) No such file or directory" >&2; exit 2; }
+     device=$(losetup --find --show "$image"); echo "$image $device" >> mapped; echo "$device" ;;
+unmap) losetup -d "$3"; grep -v " $3\\$" mapped > mapped.new; mv mapped.new mapped ;;
+list) awk 'BEGIN { printf "[" } { printf "%s{\\"id\\":\\"%d\\",\\"pool\\":\\"one\\",\\"namespace\\":\\"\\",\\"name\\":\\"%s\\",\\"snap\\":\\"-\\",\\"device\\":\\"%s\\"}", (NR > 1 ? "," : ""), NR, $1, $2 } END { print "]" }' mapped ;;
+esac
+"""  # noqa: E501
+
+
+def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path) -> None:
+    ceph = Path("/srv/ceph")
+    ceph.mkdir(parents=True)
+    (ceph / "mapped").touch()
+    rbd = Path("/usr/local/sbin/rbd")
+    rbd.write_text(FAKE_RBD)
+    rbd.chmod(0o755)
+    try:
+        one = vm(None)
+        filled(ceph / f"one-7-{one.vm_id}-0", tree, "ext4", 64)
+        ceph_disk = {"SOURCE": "one/one-7", "TYPE": "RBD", "DISK_TYPE": "RBD", "CLONE": "YES", "CEPH_USER": "libvirt"}
+        one.disks.append({"DISK_ID": 0, "TARGET": "sda", **ceph_disk})
+        one.deployed().booted().inside("echo kept > /root/kept")
+        assert "--id libvirt" in (ceph / "calls").read_text()
+        one.act("shutdown").ok()
+        assert (ceph / "mapped").read_text() == ""
+        one.deployed().booted(2)
+        assert one.inside("cat /root/kept") == "kept\n"
+        one.act("cancel").ok()
+        assert (ceph / "mapped").read_text() == ""
+        one.disks[0]["SOURCE"] = "one/none"
+        assert "No such file or directory" in one.driver.message(one.deploy())
+        one.disks[0]["CEPH_CONF"] = "/tmp/mine.conf"
+        assert "has to lie in /etc/ceph" in one.driver.message(one.deploy())
+    finally:
+        rbd.unlink()
+        shutil.rmtree(ceph)
+
+
+@pytest.mark.generation(MONITORD)
+def test_a_qcow2_attached_grows_and_leaves(vm: NewVm, tmp_path: Path) -> None:
+    one = vm(images.busybox_ext4()).deployed().booted()
+    raw = empty(tmp_path / "raw", XFS_MB)
+    sh("mkfs.xfs", "-q", str(raw))
+    sh("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(tmp_path / "image"))
+    path = one.add_disk(str(tmp_path / "image"), ATTACH="YES", FORMAT="qcow2", DRIVER="qcow2")
+    one.act("attach_disk", path, "sdb", 1, "b64", lcm_state=17).ok()
+    one.disks[1].pop("ATTACH")
+    one.inside("echo kept > /media/one-disk.1/file")
+    one.act("resize_disk", 1, 500, "b64", lcm_state=62).ok()
+    assert int(one.inside("df -k /media/one-disk.1 | tail -n 1 | awk '{print $2}'")) > 400 << 10
+    assert json.loads(sh("qemu-img", "info", "-U", "--output=json", path))["virtual-size"] == 500 << 20
+    one.disks[1]["ATTACH"] = "YES"
+    one.act("detach_disk", path, "sdb", 1, lcm_state=18).ok()
+    one.disks.pop()
+    # nothing has it open any more: qemu-img takes the lock, and the file system is whole
+    sh("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw))
+    with mounted(raw) as mnt:
+        assert (mnt / "file").read_text() == "kept\n"
