@@ -7,6 +7,7 @@ drops silently what it does not know. Elements that its LXC driver accepts and i
 
 from __future__ import annotations
 
+import dataclasses
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
@@ -148,7 +149,12 @@ def devices(root: Element, vm: Vm, prepared: Prepared) -> None:
         element.append(filesystem(mount))
     interfaces = dict(prepared.interfaces)
     for nic in vm.nics:
-        element.append(hostdev(interfaces[nic.nic_id]) if nic.nic_id in interfaces else interface(nic))
+        if nic.nic_id in interfaces:
+            element.append(hostdev(interfaces[nic.nic_id]))
+        elif nic.nic_id in prepared.switches:
+            element.append(interface(dataclasses.replace(nic, bridge_type="openvswitch")))
+        else:
+            element.append(interface(nic))
     SubElement(element, "console", {"type": "pty"})
 
 
@@ -177,6 +183,7 @@ def interface(nic: Nic) -> Element:
     SubElement(element, "source", {"bridge": nic.bridge})
     if nic.bridge_type == "openvswitch":
         SubElement(element, "virtualport", {"type": "openvswitch"})
+        vlan(element, nic)
     SubElement(element, "target", {"dev": nic.device})
     if nic.guest_name:
         SubElement(element, "guest", {"dev": nic.guest_name})
@@ -190,6 +197,19 @@ def interface(nic: Nic) -> Element:
         if gateway:
             SubElement(element, "route", {"family": family, "address": anywhere, "prefix": "0", "gateway": gateway})
     return element
+
+
+def vlan(root: Element, nic: Nic) -> None:
+    """Of a port of Open vSwitch. OpenNebula writes it there too, but only after a deploy: a port that libvirt makes
+    anew when the container reboots by itself would be a trunk of every VLAN."""
+    trunk = [] if nic.cvlans else [number for number in nic.trunk if number != nic.vlan_id]
+    if nic.vlan_id is None and not trunk:
+        return
+    element = SubElement(root, "vlan", {"trunk": "yes"} if trunk else {})
+    if nic.vlan_id is not None:
+        SubElement(element, "tag", {"id": str(nic.vlan_id), **({"nativeMode": "untagged"} if trunk else {})})
+    for number in trunk:
+        SubElement(element, "tag", {"id": str(number)})
 
 
 def _leaf(parent: Element, tag: str, text: str, **attributes: str) -> Element:

@@ -92,7 +92,10 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Nic:
-    """One NIC. `device` is its host side (`one-<vmid>-<nic id>`), `guest_name` the name inside, "" for libvirt's."""
+    """One NIC. `device` is its host side (`one-<vmid>-<nic id>`), `guest_name` the name inside, "" for libvirt's.
+
+    `bridge_type` is "linux", "openvswitch", "none" (PCI), or "" where only the host knows.
+    """
 
     nic_id: int
     device: str
@@ -113,12 +116,42 @@ class Nic:
     outbound: Bandwidth | None = None
     attach: bool = False
     pci_address: str = ""
+    vlan_id: int | None = None
+    vlan_tagged: str = ""
+    """VLAN_TAGGED_ID, the trunk: "100,200-210"."""
+    cvlans: str = ""
+    """CVLANS, the inner VLANs of QinQ."""
+    qinq_type: str = ""
+
+    @property
+    def trunk(self) -> tuple[int, ...]:
+        """The VLANs of `vlan_tagged`, one by one."""
+        return _numbers(self.vlan_tagged)
+
+    @property
+    def inner_vlans(self) -> tuple[int, ...]:
+        """The VLANs of `cvlans`, one by one."""
+        return _numbers(self.cvlans)
+
+    @property
+    def on_a_switched_port(self) -> bool:
+        """Whether OpenNebula's network driver writes something on its port that a restart of the container loses."""
+        return self.bridge_type == "openvswitch" or bool(self.vlan_tagged or self.cvlans)
 
     @property
     def beyond_libvirt(self) -> bool:
         """Whether its start leaves something to do that libvirt's LXC driver cannot: an MTU other than a veth's own,
         limits, name and addresses of a PCI card."""
         return self.mtu not in (None, VETH_MTU) or bool(self.inbound or self.outbound or self.pci_address)
+
+
+def _numbers(ranges: str) -> tuple[int, ...]:
+    """`1,3-5` as 1, 3, 4, 5."""
+    numbers: list[int] = []
+    for part in filter(None, ranges.split(",")):
+        first, _, last = part.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -206,6 +239,8 @@ class Prepared:
     """(disk id, block device) of the disks whose I/O is limited."""
     interfaces: tuple[tuple[int, str], ...] = ()
     """(nic id, interface of the host) of PCI NICs, once the helper has seen that the host does not use them."""
+    switches: tuple[int, ...] = ()
+    """NIC ids whose bridge turned out to be an Open vSwitch, where the template does not say what it is."""
     swap_accounting: bool = True
     """False where the kernel counts no swap (cgroup v1 without memory.memsw.*): libvirt would refuse the limit."""
     notes: tuple[str, ...] = ()

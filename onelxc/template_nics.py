@@ -72,8 +72,9 @@ def _nic(fields: Fields, number: int, around: _Around) -> Nic:
     if not _INTERFACE.match(bridge):
         raise fields.error(f"BRIDGE is not a name of an interface: {bridge!r}")
     vn_mad = fields.text("VN_MAD").lower()
-    bridge_type = fields.text("BRIDGE_TYPE").lower() or ("openvswitch" if vn_mad.startswith("ovswitch") else "linux")
-    if bridge_type not in ("linux", "openvswitch"):
+    known = {"": "", "ovswitch": "openvswitch", "ovswitch_vxlan": "openvswitch"}.get(vn_mad, "linux")
+    bridge_type = fields.text("BRIDGE_TYPE").lower() or known
+    if bridge_type not in ("", "linux", "openvswitch"):
         raise NotSupportedError(
             f"{fields.where}: BRIDGE_TYPE {bridge_type}: containers have linux and openvswitch only"
         )
@@ -95,8 +96,36 @@ def _nic(fields: Fields, number: int, around: _Around) -> Nic:
             inbound=_bandwidth(fields, "INBOUND"),
             outbound=_bandwidth(fields, "OUTBOUND"),
             attach=fields.yes("ATTACH"),
+            vlan_id=_vlan_id(fields, vn_mad),
+            vlan_tagged=_vlans(fields, "VLAN_TAGGED_ID"),
+            cvlans=_vlans(fields, "CVLANS"),
+            qinq_type=_qinq(fields),
         ),
     )
+
+
+def _vlan_id(fields: Fields, vn_mad: str) -> int | None:
+    """VLAN_ID where it is one: with vxlan it is the number of that network, and 3.2.1 has VLAN=NO beside it."""
+    found = fields.whole("VLAN_ID", most=4095 if vn_mad != "vxlan" else 2**24 - 1)
+    return found if vn_mad != "vxlan" and fields.yes("VLAN", True) else None
+
+
+def _vlans(fields: Fields, name: str) -> str:
+    """A list of numbers and ranges, "100,200-210"."""
+    text = fields.text(name).replace(" ", "")
+    for part in text.split(",") if text else ():
+        first, sign, last = part.partition("-")
+        ends = [first, last] if sign else [first]
+        if not all(re.match(r"[0-9]{1,4}\Z", end) and int(end) < 4096 for end in ends):
+            raise fields.error(f"{name} is not a list of VLANs: {text!r}")
+    return text
+
+
+def _qinq(fields: Fields) -> str:
+    text = fields.text("QINQ_TYPE").lower()
+    if text and text not in ("802.1q", "802.1ad"):
+        raise fields.error(f"QINQ_TYPE is neither 802.1q nor 802.1ad: {text!r}")
+    return text
 
 
 def _pci_nic(fields: Fields, around: _Around) -> Nic:

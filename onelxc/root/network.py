@@ -15,23 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import os
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
-from onelxc import command, domainxml, model, wire
+from onelxc import domainxml, model, wire
 from onelxc.errors import CommandError, ConfigurationError, HelperError, HypervisorError, NotSupportedError
 from onelxc.model import Nic, Vm, nic_device
 from onelxc.names import ifb_device
-from onelxc.root import pci, record, traffic
+from onelxc.root import pci, ports, record, traffic
 from onelxc.root.links import Link, Namespace
 from onelxc.root.work import Work
 
 ARRIVES_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,14}\Z")
-_OVS_SOCKET = "/run/openvswitch/db.sock"
+_BRIDGE = re.compile(r"[^\s/:-][^\s/:]{0,14}\Z")
+_VLANS = re.compile(r"(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?\Z", re.ASCII)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")
 
 
@@ -109,6 +109,10 @@ def settle_verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 def refresh(work: Work, found: record.Record) -> None:
     """After the container has restarted by itself (see `refresh`)."""
+    with Namespace() as host:
+        for nic in found.vm.nics:
+            if nic.on_a_switched_port and host.link(nic.device) is not None:
+                ports.restore(host, work.vm_id, nic, work.log)
     settle(found, work.log)
 
 
@@ -176,33 +180,48 @@ def _record(work: Work) -> record.Record:
 
 
 def _nic(work: Work, request: dict[str, Any]) -> Nic:
-    """The NIC that a caller describes. All that is put into a command line has the form that it has to have."""
+    """The NIC that a caller describes, which has to have a MAC address: it is attached live."""
     nic = wire.decode(Nic, request.get("nic"))
-    wrong = ""
-    if nic.device != nic_device(work.vm_id, nic.nic_id) or not _NAME.match(nic.device):
-        wrong = f"device {nic.device!r}"
-    elif not _NAME.match(nic.guest_name):
-        wrong = f"name {nic.guest_name!r}"
-    elif not _MAC.match(nic.mac):
-        wrong = f"MAC address {nic.mac!r}"
-    elif nic.mtu is not None and not 68 <= nic.mtu <= 65535:
-        wrong = f"MTU {nic.mtu}"
-    elif nic.bridge and not re.match(r"[^\s/:-][^\s/:]{0,14}\Z", nic.bridge):
-        wrong = f"bridge {nic.bridge!r}"
-    try:
-        for address in filter(None, (nic.ip, nic.gateway, nic.ip6, nic.gateway6)):
-            ipaddress.ip_address(address)
-    except ValueError as error:
-        wrong = str(error)
-    if wrong:
-        raise HelperError(f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: not a NIC of ours: {wrong}")
+    check(work.vm_id, nic)
+    if not nic.mac:
+        raise HelperError(f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: it has no MAC address")
     return nic
+
+
+def check(vm_id: int, nic: Nic) -> None:
+    """HelperError unless all that is ever put into a command line has the form that it has to have."""
+    addresses = [address for address in (nic.ip, nic.gateway, nic.ip6, nic.gateway6) if address]
+    prefixes = [prefix for prefix in (nic.prefix, nic.prefix6) if prefix is not None]
+    right = {
+        f"device {nic.device!r}": nic.device == nic_device(vm_id, nic.nic_id) and _NAME.match(nic.device),
+        f"name {nic.guest_name!r}": _NAME.match(nic.guest_name),
+        f"MAC address {nic.mac!r}": not nic.mac or _MAC.match(nic.mac),
+        f"MTU {nic.mtu}": nic.mtu is None or 68 <= nic.mtu <= 65535,
+        f"bridge {nic.bridge!r}": not nic.bridge or _BRIDGE.match(nic.bridge),
+        f"VLAN {nic.vlan_id}": nic.vlan_id is None or 0 <= nic.vlan_id <= 4095,
+        f"VLANs {nic.vlan_tagged!r} {nic.cvlans!r}": _VLANS.match(nic.vlan_tagged) and _VLANS.match(nic.cvlans),
+        f"QinQ {nic.qinq_type!r}": nic.qinq_type in ("", "802.1q", "802.1ad"),
+        f"PCI address {nic.pci_address!r}": not nic.pci_address or pci.ADDRESS.match(nic.pci_address),
+        f"addresses {addresses}": all(map(_is_address, addresses)),
+        f"prefixes {prefixes}": all(0 <= prefix <= 128 for prefix in prefixes),
+    }
+    for what, is_right in right.items():
+        if not is_right:
+            raise HelperError(f"Cannot use NIC {nic.nic_id} of VM {vm_id}: not a NIC of ours: {what}")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text
 
 
 def _look_at_bridge(host: Namespace, vm_id: int, nic: Nic) -> None:
     """libvirt says no more of a missing bridge than the kernel's error number."""
     if nic.bridge_type == "openvswitch":
-        if not _is_switch(nic.bridge):
+        if not ports.is_switch(nic.bridge):
             raise ConfigurationError(
                 f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.bridge} is no Open vSwitch of this host"
             )
@@ -213,33 +232,6 @@ def _look_at_bridge(host: Namespace, vm_id: int, nic: Nic) -> None:
             raise ConfigurationError(
                 f"Cannot attach NIC {nic.nic_id} to VM {vm_id}: {nic.bridge} is {what} of this host"
             )
-
-
-def remove_ports(vm: Vm) -> None:
-    """Take the VM's NICs out of their Open vSwitch. libvirt does so too, unless the container ended without it."""
-    for nic in vm.nics:
-        if nic.bridge_type == "openvswitch":
-            remove_port(nic.device)
-
-
-def remove_port(device: str) -> None:
-    """Where Open vSwitch does not run there is nothing to take out."""
-    if os.path.exists(_OVS_SOCKET):
-        command.run(
-            ["ovs-vsctl", "-t", "20", "--if-exists", "del-port", device], verb=f"take {device} out of its switch"
-        )
-
-
-def _is_switch(name: str) -> bool:
-    if not os.path.exists(_OVS_SOCKET):
-        return False
-    try:
-        command.run(["ovs-vsctl", "-t", "20", "br-exists", name], verb=f"look for {name}")
-    except CommandError as error:
-        if error.status == 2:
-            return False
-        raise
-    return True
 
 
 def _arrived(host: Namespace, inside: Namespace, vm_id: int, nic: Nic) -> tuple[Link, Link]:
@@ -325,6 +317,20 @@ def _settle_pci(inside: Namespace, interface: str, nic: Nic, log: Callable[[str]
         log(f"NIC {nic.nic_id}: {interface} has not come to the container, or is called otherwise there by now")
         return
     _address(inside, _rename(inside, link, nic.guest_name, log), nic, log)
+
+
+def switches(vm: Vm) -> tuple[int, ...]:
+    """NIC ids of those whose bridge is an Open vSwitch although the template does not say so: 3.2.1's never does."""
+    unknown = [nic for nic in vm.nics if not nic.bridge_type]
+    found = {bridge: ports.is_switch(bridge) for bridge in {nic.bridge for nic in unknown}}
+    return tuple(nic.nic_id for nic in unknown if found[nic.bridge])
+
+
+def resolved(vm: Vm, on_switches: tuple[int, ...]) -> Vm:
+    """The VM with each NIC's kind of bridge, as the record keeps it."""
+    kinds = {nic.nic_id: "openvswitch" if nic.nic_id in on_switches else "linux" for nic in vm.nics}
+    nics = (dataclasses.replace(nic, bridge_type=nic.bridge_type or kinds[nic.nic_id]) for nic in vm.nics)
+    return dataclasses.replace(vm, nics=tuple(nics))
 
 
 def interfaces(vm: Vm) -> tuple[tuple[int, str], ...]:

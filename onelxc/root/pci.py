@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 from onelxc.errors import ConfigurationError
 
+ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\Z")
 DEVICES = "/sys/bus/pci/devices"
 
 

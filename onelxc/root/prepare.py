@@ -44,9 +44,11 @@ _A_DIRECTORY = (
 def verb(work: Work, request: dict[str, Any]) -> Any:
     """The verb: `{"vm": …}` → a Prepared."""
     vm = validate.vm(request.get("vm"), work.vm_id, work.config)
+    for nic in vm.nics:
+        network.check(work.vm_id, nic)
     hub.ensure_running()
     prepared = prepare(work, vm)
-    record.stage(work, vm, prepared)
+    record.stage(work, network.resolved(vm, prepared.switches), prepared)
     consolelog.begin(work.vm_id)
     work.journal.take("domain")  # from here on the caller may start it
     return model.to_json(prepared)
@@ -81,6 +83,7 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         profiles=tuple(map(_profile, vm.profiles)),
         devices=tuple(devices),
         interfaces=network.interfaces(vm),
+        switches=network.switches(vm),
         swap_accounting=_counts_swap(),
     )
 

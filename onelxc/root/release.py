@@ -203,9 +203,11 @@ def _remove_ports(work: Work) -> None:
     """What an Open vSwitch still has of the VM's NICs."""
     found = record.legible(work.vm_id)
     if found is not None and any(nic.bridge_type == "openvswitch" for nic in found.vm.nics):
-        from onelxc.root import network
+        from onelxc.root import ports
 
-        network.remove_ports(found.vm)
+        for nic in found.vm.nics:
+            if nic.bridge_type == "openvswitch":
+                ports.remove(nic.device)
 
 
 def _is_veth(device: str) -> bool:

@@ -56,7 +56,15 @@ FULL = Vm(
             mtu=9000,
             inbound=Bandwidth(100),
         ),
-        Nic(nic_id=1, device="one-7-1", bridge="ovs0", bridge_type="openvswitch", guest_name="eth1"),
+        Nic(
+            nic_id=1,
+            device="one-7-1",
+            bridge="ovs0",
+            bridge_type="openvswitch",
+            guest_name="eth1",
+            vlan_id=42,
+            vlan_tagged="100-102",
+        ),
         Nic(nic_id=2, device="one-7-2", bridge="", guest_name="eth2", pci_address="0000:81:00.1"),
     ),
     cpuset="0,2-3",
@@ -72,6 +80,13 @@ FULL_PREPARED = dataclasses.replace(
     ),
     devices=((0, "/dev/loop4"),),
     interfaces=((2, "enp129s0f1"),),
+)
+SWITCHED = (
+    dataclasses.replace(NIC, bridge_type="openvswitch", vlan_id=42),
+    dataclasses.replace(NIC, nic_id=1, bridge_type="openvswitch", vlan_tagged="7,9-10"),
+    dataclasses.replace(NIC, nic_id=2, bridge_type="openvswitch", vlan_id=42, cvlans="7", vlan_tagged="8"),
+    dataclasses.replace(NIC, nic_id=3, vlan_id=42),
+    dataclasses.replace(NIC, nic_id=4, bridge_type="linux", vlan_id=42),
 )
 FRAGMENTS = (
     "<?xml version='1.0'?><features><capabilities policy='deny'><mknod state='on'/></capabilities></features>",
@@ -91,6 +106,7 @@ CASES: dict[str, tuple[Vm, Prepared]] = {
     "plain_v1": (PLAIN, dataclasses.replace(PREPARED, cgroup=1)),
     "privileged": (PLAIN, dataclasses.replace(PREPARED, id_base=None)),
     "full": (FULL, FULL_PREPARED),
+    "vlans": (dataclasses.replace(PLAIN, nics=SWITCHED), dataclasses.replace(PREPARED, switches=(3,))),
     "full_v1_no_swap_accounting": (FULL, dataclasses.replace(FULL_PREPARED, cgroup=1, swap_accounting=False)),
     "fragments": (dataclasses.replace(PLAIN, raw=FRAGMENTS[2:]), dataclasses.replace(PREPARED, profiles=FRAGMENTS[:2])),
     "capture_3.2.1": captured("3.2.1/deploy_nic_context", 24, PREPARED),
@@ -133,7 +149,7 @@ def test_the_schema_knows_what_is_wrong(schema: Any) -> None:
 
 NOT_WRITTEN = {
     Vm: {"context", "privileged", "graphics", "profiles", "notes"},
-    Nic: {"nic_id", "vn_mad", "mtu", "inbound", "outbound", "attach", "pci_address"},
+    Nic: {"nic_id", "vn_mad", "mtu", "inbound", "outbound", "attach", "pci_address", "cvlans", "qinq_type"},
     Prepared: {"init", "notes"},
 }
 """What the XML has no place for: it is in Prepared (context, privileged, profiles), or for others than libvirt."""
@@ -171,6 +187,8 @@ OTHER: dict[type, dict[str, Any]] = {
         "gateway6": "fe80::9",
         "guest_name": "eth9",
         "filter": "other",
+        "vlan_id": 9,
+        "vlan_tagged": "9",
     },
     Prepared: {
         "root": "/other",
@@ -180,6 +198,7 @@ OTHER: dict[type, dict[str, Any]] = {
         "profiles": ("<on_reboot>restart</on_reboot>",),
         "devices": (),
         "interfaces": (),
+        "switches": (0,),
         "swap_accounting": False,
     },
 }
@@ -197,7 +216,9 @@ def test_every_field_of_the_model_is_written_or_meant_not_to_be(kind: type) -> N
         elif kind is Prepared:
             prepared = dataclasses.replace(prepared, **{name: value})
         else:
-            vm = dataclasses.replace(vm, nics=(dataclasses.replace(vm.nics[0], **{name: value}), *vm.nics[1:]))
+            place = 1 if name.startswith("vlan") else 0
+            nics = [dataclasses.replace(nic, **{name: value}) if n == place else nic for n, nic in enumerate(vm.nics)]
+            vm = dataclasses.replace(vm, nics=tuple(nics))
         assert domainxml.render(vm, prepared) != before, f"{kind.__name__}.{name} changes nothing"
 
 

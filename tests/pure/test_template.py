@@ -47,7 +47,6 @@ def test_pull_generation() -> None:
             device="one-24-0",
             bridge="br0",
             mac="02:00:c0:a8:84:01",
-            bridge_type="linux",
             ip="192.168.132.1",
             prefix=24,
             guest_name="eth0",
@@ -143,6 +142,9 @@ def test_base64_is_the_same() -> None:
             {"NIC": {**NIC, "INBOUND_PEAK_BW": 5}},
             "VM 24: NIC 0: INBOUND_PEAK_BW and INBOUND_PEAK_KB need INBOUND_AVG_BW",
         ),
+        ({"NIC": {**NIC, "VLAN_ID": 4096}}, "VM 24: NIC 0: VLAN_ID is above 4095: '4096'"),
+        ({"NIC": {**NIC, "VLAN_TAGGED_ID": "1,x"}}, "VM 24: NIC 0: VLAN_TAGGED_ID is not a list of VLANs: '1,x'"),
+        ({"NIC": {**NIC, "QINQ_TYPE": "x"}}, "VM 24: NIC 0: QINQ_TYPE is neither 802.1q nor 802.1ad: 'x'"),
         ({"NIC": {**NIC, "FILTER": "<x/>"}}, "VM 24: NIC 0: FILTER is not a name: '<x/>'"),
         (
             {"PCI": {"PCI_ID": 0, "TYPE": "GPU"}},
@@ -333,6 +335,28 @@ def test_bandwidth_and_bridges() -> None:
     assert nic.nics[0].outbound == Bandwidth(10, 20, 30)
     assert nic.nics[0].bridge_type == "openvswitch"
     assert vm(NIC={**NIC, "INBOUND_AVG_BW": 0}).nics[0].inbound is None
+
+
+def test_vlans() -> None:
+    trunk = vm(NIC={**NIC, "VLAN_ID": 10, "VLAN_TAGGED_ID": "20, 30-32", "VN_MAD": "ovswitch"}).nics[0]
+    assert (trunk.vlan_id, trunk.trunk) == (10, (20, 30, 31, 32))
+    assert vm(NIC={**NIC, "VLAN": "NO", "VLAN_ID": 10}).nics[0].vlan_id is None
+    assert vm(NIC={**NIC, "VN_MAD": "vxlan", "VLAN_ID": 70000}).nics[0].vlan_id is None
+    assert vm(NIC={**NIC, "CVLANS": "7", "VLAN_ID": 10, "QINQ_TYPE": "802.1ad"}).nics[0].inner_vlans == (7,)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({}, ""),
+        ({"VN_MAD": "bridge"}, "linux"),
+        ({"VN_MAD": "ovswitch"}, "openvswitch"),
+        ({"VN_MAD": "ovswitch_vxlan"}, "openvswitch"),
+        ({"BRIDGE_TYPE": "linux", "VN_MAD": "ovswitch"}, "linux"),
+    ],
+)
+def test_kind_of_bridge(said: dict[str, str], kind: str) -> None:
+    assert vm(NIC={**NIC, **said}).nics[0].bridge_type == kind
 
 
 def test_pci_nic() -> None:
