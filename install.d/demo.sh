@@ -8,6 +8,7 @@
 
 # shellcheck source=install.d/node.sh
 . "$bundle/install.d/node.sh"
+needed_packages+=(busybox-static)
 
 # demo [ROOTFS-TARBALL]
 demo() {
@@ -17,11 +18,11 @@ demo() {
     [ -z "$tarball" ] || [ -f "$tarball" ] || die "there is no file $tarball"
     [ -z "$tarball" ] || tarball=$(readlink -f -- "$tarball")
     if [ ! -d /run/systemd/system ] && [ "${ONELXC_ALONE:-}" != 1 ]; then
-        install_packages "${needed_packages[@]}" "${useful_packages[@]}" busybox-static
+        install_packages
         say "No systemd here: a machine of its own, with a private libvirtd"
         ALONE_BIND="${ALONE_BIND:-} $tarball" exec "$bundle/tests/alone" "$bundle/install.sh" demo ${tarball:+"$tarball"}
     fi
-    [ "${ONELXC_ALONE:-}" = 1 ] || install_packages "${needed_packages[@]}" "${useful_packages[@]}" busybox-static
+    [ "${ONELXC_ALONE:-}" = 1 ] || install_packages
 
     base='' made_user=no made_host=no vm_id=''
     trap demo_clean_up EXIT

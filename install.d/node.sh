@@ -20,7 +20,7 @@ node_install() {
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node has to be run as root, on the host: sudo ./install.sh node"
     say "OneLXC $(bundle_version) on host $(uname -n)"
     read_node_manifest
-    if [ "$1" = yes ]; then install_packages "${needed_packages[@]}" "${useful_packages[@]}"; fi
+    if [ "$1" = yes ]; then install_packages; fi
     put_user_into_group
     put_helper
     put_policy
@@ -41,23 +41,29 @@ read_node_manifest() {
     remember "${entries[@]}"
 }
 
-# install_packages NAME...: those that are missing
+# Those that are missing.
 install_packages() {
-    local package missing=()
+    local package missing=() useful=()
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
         say "This is neither Debian nor Ubuntu; make sure that the host has what these packages hold:"
-        say "  $*"
+        say "  ${needed_packages[*]} ${useful_packages[*]}"
         return 0
     fi
-    for package; do
+    for package in "${needed_packages[@]}"; do
         # the daemon without what wires it into systemd, where there is none
         if [ "$package" = libvirt-daemon-system ] && [ ! -d /run/systemd/system ]; then package=libvirt-daemon; fi
         has_package "$package" || missing+=("$package")
     done
-    [ ${#missing[@]} -gt 0 ] || return 0
-    if step "install packages: ${missing[*]}"; then
+    for package in "${useful_packages[@]}"; do
+        has_package "$package" || useful+=("$package")
+    done
+    [ "${#missing[@]}${#useful[@]}" != 00 ] || return 0
+    if step "install packages: ${missing[*]} ${useful[*]}"; then
         apt_get update || say "apt-get update failed; going on with the package lists that are here"
-        apt_get install "${missing[@]}" || die "apt-get could not install: ${missing[*]}"
+        [ ${#missing[@]} -eq 0 ] || apt_get install "${missing[@]}" || die "apt-get could not install: ${missing[*]}"
+        for package in "${useful[@]}"; do
+            apt_get install "$package" || say "going on without the package $package"
+        done
     fi
 }
 
@@ -105,7 +111,7 @@ put_policy() {
 
 # A file in sudoers.d with a mistake in it locks everybody out of sudo: it is looked at before it goes there.
 put_sudoers() {
-    local file
+    local file said
     file=$(mktemp)
     cat >"$file" <<END
 # OneLXC's root helper checks everything it is asked for. No terminal, no session of its own: it speaks over pipes.
@@ -113,7 +119,10 @@ Defaults!$library/onelxc-root !requiretty, !use_pty
 $user ALL=(root) NOPASSWD: $library/onelxc-root, /usr/sbin/lxc-freeze, /usr/sbin/lxc-unfreeze
 END
     if command -v visudo >/dev/null; then
-        visudo -c -q -f "$file" >/dev/null || die "visudo refuses the line for sudo: $(visudo -c -f "$file" 2>&1 | head -n 1)"
+        said=$(visudo -c -f "$file" 2>&1) || {
+            rm -f -- "$file"
+            die "visudo refuses the line for sudo: ${said%%$'\n'*}"
+        }
     elif [ "$dry_run" = no ]; then
         die "visudo is missing: install the package sudo"
     fi
