@@ -17,12 +17,8 @@ _NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EN
 
 def copy(source: int, target: int, abort: Callable[[], None]) -> bool:
     """Make the empty file `target` equal to `source`; True if by reflink. `abort` ends it by raising."""
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
+    if clone(source, target):
         return True
-    except OSError as error:
-        if error.errno not in _NOT_HERE:
-            raise
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
     for begin, end in extents(source, size):
@@ -31,6 +27,17 @@ def copy(source: int, target: int, abort: Callable[[], None]) -> bool:
             abort()
             position += _piece(source, target, position, min(_PIECE, end - position))
     return False
+
+
+def clone(source: int, target: int) -> bool:
+    """Make `target` share the blocks of `source`; False, with nothing done, where their file system cannot."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+        return False
+    return True
 
 
 def _piece(source: int, target: int, position: int, count: int) -> int:

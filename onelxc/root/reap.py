@@ -78,9 +78,15 @@ def _ours() -> list[int]:
 
 
 def _look(vm_id: int, groups: list[cgroups.Group], lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
-    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record):
+    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and not _left_unfinished(vm_id):
         return _live_state(vm_id, groups)
     return _settle(vm_id, lost, config, log)
+
+
+def _left_unfinished(vm_id: int) -> bool:
+    """Whether a helper was killed amid something, which may keep the container frozen."""
+    entries = Journal(VmPaths(vm_id).journal, "reap").held()
+    return any(not entry.committed for entry in entries) and lock.holder(vm_id) is None
 
 
 def _controlled(groups: list[cgroups.Group]) -> bool:

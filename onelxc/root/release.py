@@ -86,6 +86,17 @@ def undo(work: Work) -> None:
     steps.finish()
 
 
+def let_go_of_disks(work: Work) -> None:
+    """Unmount all the disks of a container that has ended, and return when their images are free."""
+    entries = work.journal.held()
+    images = _images(work, entries)
+    unmount_all(work)
+    wait_for_loops(work, images)
+    for entry in entries:
+        if entry.kind in ("mount", "loop"):
+            work.journal.gave_back(entry.number)
+
+
 class _Steps:
     """Try everything, keep the first error."""
 
@@ -158,6 +169,13 @@ def _give_back_nic(work: Work, what: dict[str, Any]) -> None:
     network.give_back(work, what)
 
 
+def _snapshots() -> Any:
+    """The module is above this one: it needs `prepare`."""
+    from onelxc.root import snapshots
+
+    return snapshots
+
+
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "mount": _give_back_mount,  # path
     "loop": _give_back_loop,  # dev, ino of the image; path for people
@@ -167,6 +185,9 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "domain": _give_back_domain,
     "nic": _give_back_nic,  # nic
     "record": record.unstage,
+    "tree": lambda work, what: _snapshots().remove_tree(work, what),  # path of an unfinished snapshot
+    "still": lambda work, what: _snapshots().go_on(work, what),
+    "revert": lambda work, what: _snapshots().finish(work, what),  # files: [copy, disk]
 }
 """How each kind of journal entry is given back, and what its data are."""
 
