@@ -175,12 +175,12 @@ libvirt_major() {
 }
 
 # OpenNebula's live disk snapshots call `sudo lxc-freeze -n one-N`, which its sudo looks up in /sbin first. Where /usr/sbin
-# is /usr/bin, or a package has put a tool there, the real one moves aside as dpkg wants it.
+# is /usr/bin, or somebody else's tool lies there, that one moves aside as dpkg wants it.
 put_shims() {
     local name path
     for name in lxc-freeze lxc-unfreeze; do
         path=/usr/sbin/$name
-        if [ "$(readlink -f /usr/sbin)" = "$(readlink -f /usr/bin)" ] || dpkg-query -S "$path" >/dev/null 2>&1; then
+        if [ "$(readlink -f /usr/sbin)" = "$(readlink -f /usr/bin)" ] || { [ -e "$path" ] && [ -z "${shipped[$path]:-}" ]; }; then
             if [ -z "$(dpkg-divert --list "$path.distrib" "$path" 2>/dev/null)" ]; then
                 if step "divert $path to $path.distrib"; then
                     dpkg-divert --quiet --local --rename --divert "$path.distrib" --add "$path"

@@ -237,3 +237,21 @@ def test_freeze_without_the_real_tool() -> None:
     assert done.stderr == (
         "lxc-unfreeze: no container one-777777 of OneLXC here, and no lxc-unfreeze of the distribution's\n"
     )
+
+
+# A tool of the same name in the same directory moves aside, is still what other containers get, and comes back.
+def test_a_real_tool_in_our_place() -> None:
+    node("--uninstall")
+    tool = Path("/usr/sbin/lxc-freeze")
+    tool.write_text("#!/bin/sh\necho the real one: $*\n")
+    tool.chmod(0o755)
+    try:
+        node()
+        assert machine.command(str(tool), "-n", "web") == "the real one: -n web\n"
+        assert as_oneadmin("sudo", "-n", "lxc-freeze", "-n", "web").returncode == 1
+        assert "Everything is in place already." in node()
+        node("--uninstall")
+        assert tool.read_text() == "#!/bin/sh\necho the real one: $*\n"
+        assert machine.command("dpkg-divert", "--list", str(tool)) == ""
+    finally:
+        tool.unlink()
