@@ -350,24 +350,15 @@ class Domain:
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         _call(f"Cannot detach the device from {self.name}", lambda: self._handle.detachDeviceFlags(xml, flags))
 
-    def set_memory(self, *, limit_kib: int, swap_limit_kib: int) -> None:
+    def set_memory(self, *, limit_kib: int, swap_limit_kib: int | None) -> None:
         """Set the memory limits of the running container. As a parameter, which unlike setMemory survives its reboot
-        and may exceed what it began with. `swap_limit_kib` as this host's cgroups mean it: v1 counts memory and swap
-        together, v2 swap alone."""
-        values = {
-            libvirt.VIR_DOMAIN_MEMORY_HARD_LIMIT: limit_kib,
-            libvirt.VIR_DOMAIN_MEMORY_SWAP_HARD_LIMIT: swap_limit_kib,
-        }
+        and may exceed what it began with. `swap_limit_kib` as this host's control groups mean it: version 1 counts
+        memory and swap together, version 2 swap alone; None where the kernel counts no swap."""
+        values = {libvirt.VIR_DOMAIN_MEMORY_HARD_LIMIT: limit_kib}
+        if swap_limit_kib is not None:
+            values[libvirt.VIR_DOMAIN_MEMORY_SWAP_HARD_LIMIT] = swap_limit_kib
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         _call(f"Cannot set the memory of {self.name}", lambda: self._handle.setMemoryParameters(values, flags))
-
-    def memory_limits(self) -> tuple[int, int]:
-        """(memory, swap) limits in KiB as the cgroups hold them."""
-        found = _call(f"Cannot ask the memory of {self.name}", lambda: self._handle.memoryParameters(0))
-        return (
-            int(found[libvirt.VIR_DOMAIN_MEMORY_HARD_LIMIT]),
-            int(found[libvirt.VIR_DOMAIN_MEMORY_SWAP_HARD_LIMIT]),
-        )
 
     def set_cpu(self, *, shares: int, period_us: int, quota_us: int) -> None:
         """Set the CPU's weight and limit of the running container; a quota of -1 is none."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onelxc import wire
 from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.hypervisor import Domain, Hypervisor, State
-from onelxc.model import Init
+from onelxc.model import Init, Prepared, Vm
 
 QUOTED_LINES = 3
 STARTS = 4
@@ -80,20 +81,27 @@ def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
 
 @dataclass(frozen=True)
 class Known:
-    """What root's record says of a VM. `ours` also where only something left over from it is known; `lost` where its
-    image was deleted under it."""
+    """What root's record says of a VM. `ours` also where only something left over from it is known; `vm` and `prepared`
+    are what it was deployed with, None then; `lost` where its image was deleted under it."""
 
     ours: bool
-    init: Init
-    paused: bool
+    vm: Vm | None
+    prepared: Prepared | None
     lost: bool
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Known:
         """From the helper's answer to `record`."""
-        prepared = record["prepared"]
-        init = Init(prepared["init"]) if prepared else Init.OTHER
-        return cls(ours=bool(record["ours"]), init=init, paused=bool(record["paused"]), lost=bool(record["lost"]))
+        return cls(
+            ours=bool(record["ours"]),
+            vm=wire.decode(Vm, record["vm"]) if record["vm"] else None,
+            prepared=wire.decode(Prepared, record["prepared"]) if record["prepared"] else None,
+            lost=bool(record["lost"]),
+        )
+
+    @property
+    def init(self) -> Init:
+        return self.prepared.init if self.prepared else Init.OTHER
 
 
 def lives_already(hypervisor: Hypervisor, name: str, known: Known) -> bool:

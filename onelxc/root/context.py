@@ -148,21 +148,21 @@ def _extent(record: bytes, block: int) -> tuple[int, int]:
 def open_context(iso_fd: int, *, id_base: int | None) -> mounts.Detached:
     """A detached read-only tmpfs with the ISO's files, owned by the container's root.
 
-    Owned, not idmapped: tmpfs has idmapped mounts only from Linux 6.3 on. Place it with id_base=None.
+    Owned, not idmapped: tmpfs has idmapped mounts only from Linux 6.3 on. Place it with id_base=None. Its size has room
+    for the largest context twice (`refill`); what is not used costs nothing, and the container cannot write there.
     """
     iso = Iso(iso_fd)
     entries = list(iso.entries())
     owner = id_base or 0
-    kib = 256 + sum(8 + entry.size // 1024 for entry in entries)
     attributes = syscalls.ATTR_NODEV | syscalls.ATTR_NOSUID
-    words: dict[str, str | None] = {"size": f"{kib}k", "mode": "0755", "uid": str(owner), "gid": str(owner)}
+    words: dict[str, str | None] = {"size": str(2 * _LIMIT), "mode": "0755", "uid": str(owner), "gid": str(owner)}
     try:
         detached = mounts.Detached(syscalls.mount_detached("tmpfs", "onelxc-context", words, attributes), "tmpfs", "")
     except OSError as error:
         raise StorageError(f"Cannot make a tmpfs for the context: {error.strerror}") from error
     try:
         for entry in entries:
-            _write(detached.fd, iso, entry, owner)
+            _write(detached.fd, iso, entry, entry.path, owner)
         syscalls.mount_setattr(detached.fd, set_=syscalls.ATTR_RDONLY)
     except OSError as error:
         detached.close()
@@ -173,15 +173,60 @@ def open_context(iso_fd: int, *, id_base: int | None) -> mounts.Detached:
     return detached
 
 
-def _write(root_fd: int, iso: Iso, entry: Entry, owner: int) -> None:
+def refill(iso_fd: int, target: str, *, id_base: int | None) -> None:
+    """Put the files of another ISO into the context that is mounted at `target`, under the eyes of whoever sees it.
+
+    Each file changes as a whole; what the new ISO has not got goes. The mounts stay read-only, the container's own
+    ones too: written is through a mount that is attached nowhere.
+    """
+    iso = Iso(iso_fd)
+    entries = list(iso.entries())
+    owner = id_base or 0
+    try:
+        tree = syscalls.open_tree(target)
+        try:
+            syscalls.mount_setattr(tree, clear=syscalls.ATTR_RDONLY)
+            kept = {entry.path for entry in entries}
+            _remove_others(tree, kept, {entry.path for entry in entries if entry.is_directory})
+            for entry in entries:
+                if entry.is_directory and _is_directory(tree, entry.path):
+                    continue
+                temporary = entry.path if entry.is_directory else f"{entry.path}.onelxc-new"
+                _write(tree, iso, entry, temporary, owner)
+                if temporary != entry.path:
+                    os.rename(temporary, entry.path, src_dir_fd=tree, dst_dir_fd=tree)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        raise StorageError(f"Cannot renew the context: {error.strerror}") from error
+
+
+def _remove_others(root_fd: int, kept: set[str], directories: set[str]) -> None:
+    """Remove all but `kept`, and what is a directory and should be a file or the other way round."""
+    for directory, names, files, fd in os.fwalk(".", topdown=False, dir_fd=root_fd, follow_symlinks=False):
+        for name in [*files, *names]:
+            path = os.path.normpath(os.path.join(directory, name))
+            is_directory = name in names
+            if path not in kept or is_directory != (path in directories):
+                (os.rmdir if is_directory else os.unlink)(name, dir_fd=fd)
+
+
+def _is_directory(root_fd: int, path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path, dir_fd=root_fd, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _write(root_fd: int, iso: Iso, entry: Entry, path: str, owner: int) -> None:
     """The tmpfs holds nothing but what was written here, so that plain relative names cannot lead elsewhere."""
     if entry.is_directory:
-        os.mkdir(entry.path, 0o700, dir_fd=root_fd)
-        os.chmod(entry.path, entry.mode, dir_fd=root_fd)
-        os.chown(entry.path, owner, owner, dir_fd=root_fd)
+        os.mkdir(path, 0o700, dir_fd=root_fd)
+        os.chmod(path, entry.mode, dir_fd=root_fd)
+        os.chown(path, owner, owner, dir_fd=root_fd)
         return
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(entry.path, flags, 0o600, dir_fd=root_fd)
+    fd = os.open(path, flags, 0o600, dir_fd=root_fd)
     with open(fd, "wb", buffering=0) as file:
         file.write(iso.content(entry))
         os.fchown(fd, owner, owner)

@@ -113,15 +113,18 @@ def forget(vm_id: int) -> None:
             pass
 
 
-def begin(vm_id: int, text: str, stdin: bytes, limit_s: float) -> None:
-    """Start the command with a process that attends it. HypervisorError if it cannot be executed."""
+def begin(vm_id: int, text: str, stdin: bytes, limit_s: float, *, told: bool = True) -> None:
+    """Start the command with a process that attends it. HypervisorError if it cannot be executed.
+
+    One that is not to be `told` of is ours, not the user's: it leaves no result and is in no other's way.
+    """
     target = find(vm_id)
     os.makedirs(executions.DIRECTORY, 0o755, exist_ok=True)
     begun, on_start = os.pipe()
     try:
         child = os.fork()
         if child == 0:
-            _daemon(vm_id, Runner(target, text, stdin, limit_s, BEGIN_S), on_start)
+            _daemon(vm_id, Runner(target, text, stdin, limit_s, BEGIN_S), on_start, told=told)
     finally:
         for fd in (on_start, target.pidfd, *target.groups):
             os.close(fd)
@@ -132,7 +135,7 @@ def begin(vm_id: int, text: str, stdin: bytes, limit_s: float) -> None:
         raise HypervisorError(f"Cannot execute in {names.deploy_id(vm_id)}: {said or 'its attendant died'}")
 
 
-def _daemon(vm_id: int, runner: Runner, on_start: int) -> None:
+def _daemon(vm_id: int, runner: Runner, on_start: int, *, told: bool) -> None:
     """In a forked child: become the process that attends the command. Never returns."""
     try:
         os.setsid()
@@ -144,6 +147,9 @@ def _daemon(vm_id: int, runner: Runner, on_start: int) -> None:
         _keep_only({on_start, runner.target.pidfd, *runner.target.groups})
         os.environ.clear()
         os.environ.update(command.ENVIRONMENT)
+        if not told:
+            runner.run(on_start)
+            return
         _write(vm_id, "run", f"{os.getpid()} {executions.start_time(os.getpid())}", 0o644)
         not_before = time.time() + HOLD_S
         result = runner.run(on_start)

@@ -7,6 +7,7 @@ the commit it lies beside it as `vm.json.new`. Whatever changes a live VM stages
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -123,6 +124,19 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         "paused": paused(work.vm_id),
         "lost": work.vm_id in holders.lost_roots(),
     }
+
+
+def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"cpu": cores, "vcpu": n, "memory_kib": n}`, written down for the commit that says they are so."""
+    found = read(work.vm_id)
+    if found is None:
+        raise StorageError(f"Cannot resize VM {work.vm_id}: there is no record of how it was deployed")
+    asked = {"vm_id": work.vm_id, **{name: request.get(name) for name in ("cpu", "vcpu", "memory_kib")}}
+    new = wire.decode(Vm, asked)
+    if not (new.cpu > 0 and new.vcpu > 0 and new.memory_kib > 0):
+        raise StorageError(f"Cannot resize VM {work.vm_id}: CPU, VCPU and MEMORY have to be above 0")
+    stage(work, dataclasses.replace(found.vm, cpu=new.cpu, vcpu=new.vcpu, memory_kib=new.memory_kib), found.prepared)
+    return {}
 
 
 def vm_ids() -> tuple[int, ...]:

@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "snapshot_check": ("onelxc.root.snapshots", "check"),
     "snapshot_revert": ("onelxc.root.snapshots", "revert"),
     "snapshot_delete": ("onelxc.root.snapshots", "delete"),
+    "reconfigure": ("onelxc.root.reconfigure", "verb"),
+    "resize": ("onelxc.root.record", "resize"),
     "console": ("onelxc.root.consolelog", "verb"),
     "record": ("onelxc.root.record", "verb"),
     "new_nic": ("onelxc.root.network", "new_nic"),
