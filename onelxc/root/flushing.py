@@ -20,13 +20,19 @@ _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
 
 
 def flush(point: str) -> None:
-    """Write a file system out to its image. A mount somewhere else may outlive ours and do it too late."""
+    """Write a file system out to its image. A mount somewhere else may outlive ours and do it too late.
+
+    A file among the mount points is the raw view of an image in a format of its own (`qcow2`), below a file system.
+    """
     try:
-        fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(point, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        syscalls.syncfs(fd)
+        if os.path.isdir(point):
+            syscalls.syncfs(fd)
+        else:
+            os.fsync(fd)
     except OSError as error:
         raise StorageError(f"Cannot write out {point}: {error.strerror}") from error
     finally:
@@ -34,14 +40,17 @@ def flush(point: str) -> None:
 
 
 def flush_all(paths: VmPaths) -> None:
-    """Write all the VM's file systems out to their images."""
-    for point in mounts.mounted_below(paths.mounts):
+    """Write all the VM's file systems out to their images, and these out to the disk."""
+    for point in reversed(mounts.mounted_below(paths.mounts)):
         flush(point)
 
 
 def freeze(paths: VmPaths) -> None:
     """Nothing is written any more to the VM's disks, and all that was is in its place. Tasks stand still already."""
-    for point in mounts.mounted_below(paths.mounts):
+    for point in reversed(mounts.mounted_below(paths.mounts)):
+        if not os.path.isdir(point):
+            flush(point)
+            continue
         with _opened(point) as fd:
             try:
                 fcntl.ioctl(fd, _FIFREEZE)
@@ -54,7 +63,7 @@ def freeze(paths: VmPaths) -> None:
 def thaw(paths: VmPaths) -> None:
     """Let the VM's disks be written again; those that are, are. Before any task is killed: one that waits to write
     does not die."""
-    for point in mounts.mounted_below(paths.mounts):
+    for point in filter(os.path.isdir, mounts.mounted_below(paths.mounts)):
         with _opened(point) as fd:
             try:
                 # as often as it was frozen
