@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +14,14 @@ import libvirt
 
 from onelxc.model import VmPaths, deploy_id
 from onelxc.root.consoles import socket_path
+from tests.support.waiting import wait_until
 
 WAIT_S = 60.0
 
 
 def eventually(what: str, condition: Callable[[], object]) -> None:
     """Wait until it is so; fails with `what` after a minute."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.02)
+    wait_until(condition, what, timeout_s=WAIT_S, interval_s=0.02)
 
 
 class Container:

@@ -19,10 +19,7 @@ def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float =
             return answer
         if time.monotonic() > deadline:
             # shown by pytest beside the failure: which process is it that does not do what is waited for?
-            print(
-                subprocess.run(
-                    ["ps", "-eo", "pid,ppid,stat,wchan:20,args", "--forest"], capture_output=True, text=True
-                ).stdout
-            )
+            listing = ["ps", "-eo", "pid,ppid,stat,wchan:20,args", "--forest"]
+            print(subprocess.run(listing, capture_output=True, text=True).stdout)
             raise AssertionError(f"not within {timeout_s:g} s: {what or condition} (last answer: {answer!r})")
         time.sleep(interval_s)
