@@ -119,8 +119,11 @@ def mounts() -> list[Mount]:
 
 
 def loops() -> dict[str, str]:
-    """Loop devices with their backing file, of this machine: others' files lie on file systems not mounted here."""
-    here = {mount.device for mount in mounts()}
+    """Loop devices with their backing file, of this machine: the file system that has it is the one mounted at its path.
+
+    /dev is shared with other machines that run tests, where the same path is on another file system.
+    """
+    here = sorted(mounts(), key=lambda mount: len(mount.point))
     found = {}
     for name in sorted(os.listdir("/sys/block")):
         backing = f"/sys/block/{name}/loop/backing_file"
@@ -136,7 +139,8 @@ def loops() -> dict[str, str]:
         number = struct.unpack_from("Q", status)[0]
         # the kernel's huge_encode_dev: 12 bits of major in the middle of the minor's
         device_number = f"{(number >> 8) & 0xFFF}:{(number & 0xFF) | ((number >> 12) & 0xFFFFF00)}"
-        if device_number in here:
+        at = [mount.device for mount in here if path.startswith(mount.point.rstrip("/") + "/")]
+        if at and at[-1] == device_number:
             found[name] = path
     return found
 

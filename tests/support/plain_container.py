@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,17 +61,24 @@ class Container:
 
     def end(self) -> None:
         with libvirt.open("lxc:///") as connection:
-            eventually("its end", lambda: self._killed(connection))
+            began = time.monotonic()
+            eventually("its end", lambda: self._killed(connection, patient=time.monotonic() < began + 2))
         subprocess.run(["rm", "-rf", VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
         for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
             Path(path).unlink(missing_ok=True)
 
-    def _killed(self, connection: libvirt.virConnect) -> bool:
-        """SIGKILL takes 0.2 s, destroy() 1.8. Refused for a moment after create."""
+    def _killed(self, connection: libvirt.virConnect, *, patient: bool) -> bool:
+        """SIGKILL takes 0.2 s, destroy() 1.8. A signal is refused for a moment after create.
+
+        Sometimes it is so for ever: libvirtd has missed what its controller says of init's pid.
+        """
         for domain in connection.listAllDomains(0):
             if domain.name() == deploy_id(self.vm_id):
                 with contextlib.suppress(libvirt.libvirtError):
-                    domain.sendProcessSignal(1, signal.SIGKILL)
+                    if patient:
+                        domain.sendProcessSignal(1, signal.SIGKILL)
+                    else:
+                        domain.destroy()
                 return False
         return True
 
