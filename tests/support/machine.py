@@ -119,7 +119,7 @@ def mounts() -> list[Mount]:
 
 
 def loops() -> dict[str, str]:
-    """Loop devices with their backing file, of this machine: the file system that has it is the one mounted at its path.
+    """Loop devices with their backing file, of this machine: its file system is the one mounted at its path.
 
     /dev is shared with other machines that run tests, where the same path is on another file system.
     """
