@@ -25,7 +25,7 @@ from onelxc.root import (
     importer,
     loops,
     mounts,
-    network,
+    nics,
     qcow2,
     rbd,
     record,
@@ -45,10 +45,10 @@ def verb(work: Work, request: dict[str, Any]) -> Any:
     """The verb: `{"vm": …}` → a Prepared."""
     vm = validate.vm(request.get("vm"), work.vm_id, work.config)
     for nic in vm.nics:
-        network.check(work.vm_id, nic)
+        nics.check(work.vm_id, nic)
     hub.ensure_running()
     prepared = prepare(work, vm)
-    record.stage(work, network.resolved(vm, prepared.switches), prepared)
+    record.stage(work, nics.resolved(vm, prepared.switches), prepared)
     consolelog.begin(work.vm_id)
     work.journal.take("domain")  # from here on the caller may start it
     return model.to_json(prepared)
@@ -82,8 +82,8 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         cgroup=cgroups.version(),
         profiles=tuple(map(_profile, vm.profiles)),
         devices=tuple(devices),
-        interfaces=network.interfaces(vm),
-        switches=network.switches(vm),
+        interfaces=nics.interfaces(vm),
+        switches=nics.switches(vm),
         swap_accounting=_counts_swap(),
     )
 

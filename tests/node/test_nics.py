@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from onelxc import domainxml, model, rootclient
-from onelxc.errors import ConfigurationError
+from onelxc.errors import ConfigurationError, HelperError
 from onelxc.hypervisor import Hypervisor
 from onelxc.model import Nic
 from onelxc.report import Report
-from onelxc.root import network
+from onelxc.root import nics
 from onelxc.root.links import Namespace
 from tests.support import machine
 from tests.support.frontends import REPOSITORY
@@ -203,6 +203,42 @@ def test_mtu_at_the_start(vm: NewVm, bridge: str) -> None:
     assert host_links()[f"{one.name}-0"]["mtu"] == 1400
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "eth0"},
+        {"device": "one-9-0"},
+        {"guest_name": "-x"},
+        {"guest_name": "eth0 up"},
+        {"mac": "02:00:00:00:00:0g"},
+        {"mac": ""},
+        {"ip": "10.0.0.1 dev eth0"},
+        {"gateway6": "fe80::1%eth0"},
+        {"bridge": "-br"},
+        {"mtu": 1},
+        {"vlan_tagged": "1 2"},
+        {"cvlans": "x"},
+        {"qinq_type": "any"},
+        {"pci_address": "../../x"},
+    ],
+    ids=lambda wrong: "".join(f"{name}={value}" for name, value in wrong.items()),
+)
+def test_the_helper_takes_no_nic_with_words_of_its_own(installed: None, wrong: dict[str, Any]) -> None:
+    """What an unprivileged caller says ends up in root's command lines."""
+    right = {"nic_id": 0, "device": "one-5000-0", "bridge": "br0", "mac": "02:00:00:00:00:01", "guest_name": "eth0"}
+    nic = {**model.to_json(Nic(**right)), **wrong}
+    with rootclient.open_session(5000, "attach_nic", Report("x", framed=False)) as host:
+        with pytest.raises(
+            HelperError, match=r"Cannot (use|attach) NIC 0 (of|to) VM 5000: (not a NIC of ours|it has no MAC)"
+        ):
+            host.call("new_nic", nic=nic)
+        if "mac" not in wrong:
+            vm = model.to_json(model.Vm(5000, disks=(model.Disk(0, "/var/lib/one/x"),), nics=(Nic(**right),)))
+            vm["nics"][0].update(wrong)
+            with pytest.raises(HelperError, match="Cannot use NIC 0 of VM 5000: not a NIC of ours"):
+                host.call("prepare", vm=vm)
+
+
 def test_limits_are_kept_in_both_directions(running: Vm, bridge: str) -> None:
     """400 kB/s: what takes no time at all without limits takes two seconds and more, and not ten."""
     size = 1_200_000
@@ -368,13 +404,13 @@ def spare() -> Iterator[str]:
 
 def used(name: str) -> str:
     with Namespace() as host, pytest.raises(ConfigurationError) as error:
-        network.refuse_used(host, name, "NIC 1 of VM 5")
+        nics.refuse_used(host, name, "NIC 1 of VM 5")
     return str(error.value)
 
 
 def test_an_interface_that_the_host_uses_stays_with_the_host(spare: str, bridge: str) -> None:
     with Namespace() as host:
-        network.refuse_used(host, spare, "NIC 1 of VM 5")
+        nics.refuse_used(host, spare, "NIC 1 of VM 5")
     begin = f"Cannot use {spare} as NIC 1 of VM 5: this host uses it itself: "
     machine.command("ip", "link", "set", spare, "up")
     machine.command("ip", "address", "add", "10.99.0.1/24", "dev", spare)
