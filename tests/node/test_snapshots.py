@@ -11,7 +11,7 @@ import pytest
 
 from onelxc import rootclient
 from onelxc.root import lock
-from tests.support import images, machine
+from tests.support import hostconf, images, machine
 from tests.support.stream import Outcome
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
@@ -29,6 +29,15 @@ def one(vm: NewVm) -> Vm:
     made = vm()
     made.add_disk(images.busybox_ext4(), TARGET="/srv/data")
     return made.deployed().booted()
+
+
+@pytest.fixture(params=["unprivileged", "privileged"])
+def either(request: pytest.FixtureRequest, vm: NewVm) -> Iterator[Vm]:
+    """As `one`, in both forms."""
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        made = vm(user_template={"LXC_UNPRIVILEGED": "yes" if request.param == "unprivileged" else "no"})
+        made.add_disk(images.busybox_ext4(), TARGET="/srv/data")
+        yield made.deployed().booted()
 
 
 def snapshot(one: Vm, action: str, name: object) -> Outcome:
@@ -56,7 +65,8 @@ def numbers(one: Vm) -> tuple[int, int]:
     return (int(said[0]), int(said[1])) if len(said) == 2 else (0, 0)
 
 
-def test_all_disks_are_of_one_moment_and_it_goes_back_to_it_again_and_again(one: Vm) -> None:
+def test_all_disks_are_of_one_moment_and_it_goes_back_to_it_again_and_again(either: Vm) -> None:
+    one = either
     count(one)
     create(one)
     kept = Path(one.path("snap-0"))

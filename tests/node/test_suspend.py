@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onelxc import rootclient
-from tests.support import machine
+from tests.support import hostconf, machine
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
 
@@ -26,6 +26,17 @@ def one(vm: NewVm) -> Iterator[Vm]:
     made.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
     wait_until(lambda: ticks(made) > 1, "it counts")
     yield made
+
+
+@pytest.fixture(params=["unprivileged", "privileged"])
+def either(request: pytest.FixtureRequest, vm: NewVm) -> Iterator[Vm]:
+    """As `one`, in both forms."""
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        unprivileged = "yes" if request.param == "unprivileged" else "no"
+        made = vm(user_template={"LXC_UNPRIVILEGED": unprivileged}).deployed().booted()
+        made.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
+        wait_until(lambda: ticks(made) > 1, "it counts")
+        yield made
 
 
 def ticks(one: Vm) -> int:
@@ -71,7 +82,8 @@ def goes_on(one: Vm) -> None:
     wait_until(lambda: ticks(one) > before, "it counts on")
 
 
-def test_it_stands_still_is_reported_suspended_and_goes_on_as_the_same(one: Vm) -> None:
+def test_it_stands_still_is_reported_suspended_and_goes_on_as_the_same(either: Vm) -> None:
+    one = either
     first = machine.init_pid(one.name)
     suspend(one)
     assert stands_still(one)
