@@ -33,7 +33,8 @@ def test_leak_check_sees_each_kind(tmp_path: object) -> None:
     machine.command("cp", "--sparse=always", images.busybox_ext4(), image)
     machine.command("mount", "-o", "loop", image, mounted)
     machine.command("ip", "link", "add", "one-0-0", "type", "veth", "peer", "name", "vnetx")
-    sleeper = subprocess.Popen(["sleep", "1000"])
+    # the name counts on a host with systemd, where processes come and go that are not ours
+    sleeper = subprocess.Popen(["onelxc-leak", "1000"], executable="/bin/sleep")
     group = next(path for path in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup") if os.path.isdir(path))
     os.makedirs(f"{group}/machine/lxc-1-one-0.libvirt-lxc")
     try:
