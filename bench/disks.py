@@ -37,9 +37,9 @@ def measure(table: Table) -> None:
 
 
 def large_root() -> str:
-    """A Debian with systemd, filled to 500 MB with what this machine has in /usr/lib."""
+    """A Debian with sysvinit, filled to 500 MB with what this machine has in /usr/lib."""
     tree = f"{WORK}/tree"
-    bare.unpack(images.distribution_tar("systemd"), tree)
+    bare.unpack(images.distribution_tar("sysvinit"), tree)
     size = int(bare.run("du", "-sm", tree).split()[0])
     os.makedirs(f"{tree}/srv/fill")
     for number, name in enumerate(sorted(os.listdir("/usr/lib/python3/dist-packages")) * 50):
@@ -77,16 +77,11 @@ def _deploys(table: Table, driver: Driver, archive: str, kind: str, datastore: s
     state = {"id": 3000}
     live: list[Vm] = []
     root = f"{datastore}/bare"
-    init = "/lib/systemd/systemd"
+    init = "/sbin/init"
 
     def new_vm() -> Vm:
         state["id"] += 1
-        one = Vm(driver, state["id"], {"MEMORY": "512"}, {})
-        shutil.rmtree(one.directory)
-        one.ds_id = int(os.path.basename(datastore))
-        one.top = one.directory = f"{datastore}/{one.vm_id}"
-        os.makedirs(one.directory)
-        one.give(one.directory)
+        one = Vm(driver, state["id"], {"MEMORY": "512"}, {}, int(os.path.basename(datastore)))
         one.add_disk(archive)
         return one
 
