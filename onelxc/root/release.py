@@ -8,6 +8,7 @@ nothing holds them. The first error is the one raised, after all the rest has be
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -163,17 +164,9 @@ def _give_back_domain(work: Work, what: dict[str, Any]) -> None:
     remove_network_devices(work.vm_id)
 
 
-def _give_back_nic(work: Work, what: dict[str, Any]) -> None:
-    from onelxc.root import network
-
-    network.give_back(work, what)
-
-
-def _snapshots() -> Any:
-    """The module is above this one: it needs `prepare`."""
-    from onelxc.root import snapshots
-
-    return snapshots
+def _by(module: str, function: str) -> Callable[[Work, dict[str, Any]], None]:
+    """A function of a module above this one, or of one that is rarely needed: imported when it is called."""
+    return lambda work, what: getattr(importlib.import_module(module), function)(work, what)
 
 
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
@@ -183,11 +176,11 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "rbd": rbd.give_back,  # image, options
     "file": _give_back_file,  # path
     "domain": _give_back_domain,
-    "nic": _give_back_nic,  # nic
+    "nic": _by("onelxc.root.network", "give_back"),  # nic
     "record": record.unstage,
-    "tree": lambda work, what: _snapshots().remove_tree(work, what),  # path of an unfinished snapshot
-    "still": lambda work, what: _snapshots().go_on(work, what),
-    "revert": lambda work, what: _snapshots().finish(work, what),  # files: [copy, disk]
+    "tree": _by("onelxc.root.snapshots", "remove_tree"),  # path of an unfinished snapshot
+    "still": _by("onelxc.root.snapshots", "go_on"),
+    "revert": _by("onelxc.root.snapshots", "finish"),  # files: [copy, disk]
 }
 """How each kind of journal entry is given back, and what its data are."""
 
