@@ -22,6 +22,7 @@ from onelxc import names
 _V1 = re.compile(r"lxc-(\d+)-(.+)\.libvirt-lxc\Z")
 _V2 = re.compile(r"machine-lxc-(\d+)-(.+)\.scope\Z")
 _PARENTS = ("machine", "machine.slice")
+_SYSTEMDS = ("init.scope", "system.slice", "user.slice")
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,33 @@ def remove(path: str, *, limit_s: float = 5.0) -> None:
 
 
 def take_back(ids: range) -> None:
-    """Take back what libvirt gave to an unprivileged container on hosts with version 1 and no systemd.
+    """Take back what systemd in a container made beside the container's own groups, on hosts of version 1 without systemd.
 
-    Its root gets the top group of the named hierarchy (name=systemd), which no container has for itself. A systemd
-    inside makes init.scope and others there, and the next one, which has other ids, could not enter them.
+    libvirt gives the container's root the top group of the named hierarchy (name=systemd), which no container has for
+    itself, and a privileged root has them all. What is made there (init.scope and others) belongs to the ids of one
+    container: a systemd in the next one could not enter it.
     """
+    if os.path.isdir("/run/systemd/system"):
+        return
     for point, kind in hierarchies():
-        if not kind.startswith("name="):
+        if not kind:
             continue
         for entry in _entries(point):
-            if entry.is_dir(follow_symlinks=False) and _owned(entry.path, ids) and not processes(entry.path):
-                remove(entry.path)
-        if _owned(point, ids):
+            if entry.name in _SYSTEMDS or (kind.startswith("name=") and _owned(entry.path, ids)):
+                _remove_unused(entry)
+        if kind.startswith("name=") and _owned(point, ids):
             for path in (point, *(entry.path for entry in _entries(point) if entry.is_file(follow_symlinks=False))):
                 os.chown(path, 0, 0)
+
+
+def _remove_unused(entry: os.DirEntry[str]) -> None:
+    """Remove a group that nobody is in. Somebody may come just then: not our group any more."""
+    if not entry.is_dir(follow_symlinks=False) or processes(entry.path):
+        return
+    try:
+        remove(entry.path, limit_s=0.5)
+    except OSError:
+        pass
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:
