@@ -13,6 +13,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,7 @@ from onelxc.root import syscalls
 
 TARGET = "/t"
 SOURCE = "/s"
+DEVICE = "/device"
 _DIRECTORIES = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
 _CAPABILITIES = (
     syscalls.CAP_CHOWN,
@@ -67,12 +69,36 @@ def unpack(
     `watch` is called several times a second with what `argv` wrote on stderr so far. True ends the run at once; what
     it raises (a cancel, no space left) ends it as well and is passed on. Nothing of the jail outlives this call.
     """
+    return _run({TARGET: mount_fd, SOURCE: source_fd}, argv, filter_argv, source, watch, limit_s)
+
+
+def on_device(device: str, argv: Sequence[str], *, limit_s: float) -> Outcome:
+    """Run `argv`, a checker of file systems, with the block device at DEVICE and nothing else of the host's."""
+    try:
+        node = syscalls.open_tree(device)
+    except OSError as error:
+        raise StorageError(f"Cannot open {device}: {error.strerror}") from error
+    try:
+        return _run({DEVICE: node}, argv, (), (), lambda _: False, limit_s)
+    finally:
+        os.close(node)
+
+
+def _run(  # noqa: PLR0917
+    places: dict[str, int],
+    argv: Sequence[str],
+    filter_argv: Sequence[str],
+    source: Iterable[bytes],
+    watch: Callable[[str], bool],
+    limit_s: float,
+) -> Outcome:
+    """Run in a jail that has these detached mounts (-1: none) at these places."""
     pipes = {name: os.pipe() for name in ("input", "out", "err", "filter_err", "status")}
     inner = {name: pair[0] if name == "input" else pair[1] for name, pair in pipes.items()}
     outer = {name: pair[1] if name == "input" else pair[0] for name, pair in pipes.items()}
     pid = os.fork()
     if pid == 0:
-        _outside({TARGET: mount_fd, SOURCE: source_fd}, argv, filter_argv, inner, os.getppid())
+        _outside(places, argv, filter_argv, inner, os.getppid())
     for fd in inner.values():
         os.close(fd)
     try:
@@ -255,6 +281,7 @@ def _build(given: dict[str, int]) -> None:
     """Pivot into a root that holds the host's programs, read-only, and the new file system."""
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     links, trees = {}, {}
+    null = syscalls.open_tree("/dev/null")
     for path in _DIRECTORIES:
         if os.path.islink(path):
             links[path] = os.readlink(path)
@@ -272,14 +299,24 @@ def _build(given: dict[str, int]) -> None:
         os.mkdir(path[1:])
         syscalls.move_mount(tree, path[1:])
     for path, fd in given.items():
-        if fd >= 0:
+        if fd < 0:
+            continue
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.mkdir(path[1:])
-            syscalls.move_mount(fd, path[1:])
+        else:
+            os.close(os.open(path[1:], os.O_CREAT | os.O_WRONLY, 0o600))
+        syscalls.move_mount(fd, path[1:])
+    # e2fsprogs ask there whether the device is mounted, and without an answer do not begin
+    os.mkdir("etc")
+    os.mkdir("dev")
+    os.close(os.open("dev/null", os.O_CREAT | os.O_WRONLY, 0o666))
+    syscalls.move_mount(null, "dev/null")
+    os.close(os.open("etc/mtab", os.O_CREAT | os.O_WRONLY, 0o644))
     syscalls.mount_setattr(root, set_=syscalls.ATTR_RDONLY)
     syscalls.pivot_root(".", ".")
     # The old root lies over the new one now (pivot_root(2), "pivot_root(".", ".")"); nothing but this namespace has it.
     syscalls.umount(".", syscalls.MNT_DETACH)
     os.chdir("/")
-    for fd in (root, *trees.values(), *given.values()):
+    for fd in (root, null, *trees.values(), *given.values()):
         if fd >= 0:
             os.close(fd)
