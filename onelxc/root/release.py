@@ -166,7 +166,11 @@ def _give_back_domain(work: Work, what: dict[str, Any]) -> None:
 
 def _by(module: str, function: str) -> Callable[[Work, dict[str, Any]], None]:
     """A function of a module above this one, or of one that is rarely needed: imported when it is called."""
-    return lambda work, what: getattr(importlib.import_module(module), function)(work, what)
+
+    def give_back_there(work: Work, what: dict[str, Any]) -> None:
+        getattr(importlib.import_module(module), function)(work, what)
+
+    return give_back_there
 
 
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
