@@ -117,22 +117,19 @@ def _deploys(table: Table, driver: Driver, archive: str, kind: str, datastore: s
 
 def _io(table: Table, driver: Driver) -> None:
     """The same busybox does the same work in the container, on the host's file system, and through bindfs."""
-    one = Vm(driver, 3900, {"MEMORY": "256"}, {})
-    one.add_disk(images.busybox_tar(), SIZE="4096")
-    one.deployed().booted()
     host = f"{WORK}/io"
-    os.makedirs(host)
     small = f"{WORK}/small"
+    os.makedirs(host)
     os.makedirs(small)
     for number in range(FILES):
         with open(f"{small}/{number}", "wb") as file:
             file.write(os.urandom(4096))
-    machine.command("tar", "-C", WORK, "-cf", f"{host}/small.tar", "small")
-    with open(f"{host}/small.tar", "rb") as file:
-        data = file.read()
-    pid = machine.init_pid(one.name)
-    with open(f"/proc/{pid}/root/small.tar", "wb") as file:
-        file.write(data)
+    bare.run("tar", "-C", WORK, "-cf", f"{host}/small.tar", "small")
+    one = Vm(driver, 3900, {"MEMORY": "256"}, {})
+    one.add_disk(images.busybox_tar())
+    data = images.ext4(f"{WORK}/data.ext4", host, STREAM_MB * 2 + 512)
+    one.add_disk(data, TARGET="/data")
+    one.deployed().booted()
     where = {"the host": host}
     if shutil.which("bindfs"):
         through = f"{WORK}/bindfs"
@@ -142,7 +139,7 @@ def _io(table: Table, driver: Driver) -> None:
         where["bindfs"] = through
     try:
         for place, directory in where.items():
-            table.heading(f"I/O in an unprivileged container, beside {place}")
+            table.heading(f"I/O on a disk of an unprivileged container, beside {place}")
             for what, shell in (
                 (f"write {STREAM_MB} MiB, fsync", f"dd if=/dev/zero of=stream bs=1M count={STREAM_MB} conv=fsync"),
                 (f"read {STREAM_MB} MiB, cold", "dd if=stream of=/dev/null bs=1M"),
@@ -151,7 +148,7 @@ def _io(table: Table, driver: Driver) -> None:
             ):
                 table.compare(
                     what,
-                    lambda shell=shell: one.inside(f"cd / && {shell} 2>/dev/null", timeout_s=600),  # type: ignore[misc]
+                    lambda shell=shell: one.inside(f"cd /data && {shell} 2>/dev/null", timeout_s=600),  # type: ignore[misc]
                     place,
                     lambda shell=shell, at=directory: bare.run(  # type: ignore[misc]
                         "busybox", "sh", "-c", f"cd {at} && {_applets(shell)} 2>/dev/null"
