@@ -154,10 +154,14 @@ def test_it_ends_when_there_is_nothing_to_watch(container: Callable[..., Contain
     os.kill(started, signal.SIGTERM)
     eventually("its end", lambda: not hub.is_running())
     one = container(811, "sleep 1000\n")
-    with subprocess.Popen([REPOSITORY / "libexec/onelxc-hub", "--idle-s", "0.5"]) as process:
+    process = subprocess.Popen([REPOSITORY / "libexec/onelxc-hub", "--idle-s", "0.5"])
+    try:
         eventually("the console", lambda: os.path.exists(socket_path(811)))
         assert process.poll() is None
         one.end()
         assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
     assert hub.pid() is None
     assert not os.path.exists(socket_path(811))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import libvirt
-
+from onelxc import hypervisor
 from onelxc.model import VmPaths, deploy_id
 from onelxc.root.consoles import socket_path
 from tests.support.waiting import wait_until
@@ -32,23 +28,34 @@ class Container:
         self.vm_id = vm_id
         self.id_base = id_base
         self.mounts = mounts
+        self.ours = ours
+        self.script = script
         self.root = Path(VmPaths(vm_id).root)
-        if ours:
-            os.makedirs(VmPaths(vm_id).state, 0o700)
+        while not self._started():
+            self.end()
+
+    def _started(self) -> bool:
+        """False where libvirt has lost the container in starting it (see `hypervisor`): it would be of no use."""
+        self._build()
+        with hypervisor.Hypervisor() as connection:
+            return connection.create(self.xml(self.name), self.name).in_hand(5)
+
+    @property
+    def name(self) -> str:
+        return deploy_id(self.vm_id)
+
+    def _build(self) -> None:
+        if self.ours:
+            os.makedirs(VmPaths(self.vm_id).state, 0o700)
         for name in ("bin", "proc", "sys", "dev", "tmp"):
             (self.root / name).mkdir(parents=True)
         subprocess.run(["cp", "/bin/busybox", self.root / "bin"], check=True)
         listed = subprocess.run(["busybox", "--list"], check=True, capture_output=True, text=True).stdout.split()
         for name in set(listed) - {"busybox"}:
             (self.root / "bin" / name).symlink_to("busybox")
-        (self.root / "main").write_text(script)
-        if id_base:
-            subprocess.run(["chown", "-hR", f"{id_base}:{id_base}", self.root], check=True)
-        self.start()
-
-    def start(self) -> None:
-        with libvirt.open("lxc:///") as connection:
-            connection.createXML(self.xml(deploy_id(self.vm_id)), 0)
+        (self.root / "main").write_text(self.script)
+        if self.id_base:
+            subprocess.run(["chown", "-hR", f"{self.id_base}:{self.id_base}", self.root], check=True)
 
     def xml(self, name: str) -> str:
         idmap = f"<{{0}} start='0' target='{self.id_base}' count='65536'/>"
@@ -60,27 +67,13 @@ class Container:
             <console type='pty'/></devices></domain>"""
 
     def end(self) -> None:
-        with libvirt.open("lxc:///") as connection:
-            began = time.monotonic()
-            eventually("its end", lambda: self._killed(connection, patient=time.monotonic() < began + 2))
+        with hypervisor.Hypervisor() as connection:
+            domain = connection.find(self.name)
+            if domain is not None:
+                domain.end()
         subprocess.run(["rm", "-rf", VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
         for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
             Path(path).unlink(missing_ok=True)
-
-    def _killed(self, connection: libvirt.virConnect, *, patient: bool) -> bool:
-        """SIGKILL takes 0.2 s, destroy() 1.8. A signal is refused for a moment after create.
-
-        Sometimes it is so for ever: libvirtd has missed what its controller says of init's pid.
-        """
-        for domain in connection.listAllDomains(0):
-            if domain.name() == deploy_id(self.vm_id):
-                with contextlib.suppress(libvirt.libvirtError):
-                    if patient:
-                        domain.sendProcessSignal(1, signal.SIGKILL)
-                    else:
-                        domain.destroy()
-                return False
-        return True
 
     def attach(self) -> socket.socket:
         eventually("a console socket", lambda: os.path.exists(socket_path(self.vm_id)))
