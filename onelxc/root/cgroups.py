@@ -123,7 +123,7 @@ def remove(path: str, *, limit_s: float = 5.0) -> None:
 
 
 def take_back(ids: range) -> None:
-    """Take back what systemd in a container made beside the container's own groups, on hosts of version 1 without systemd.
+    """Take back what systemd in a container made beside the container's own groups, on v1 hosts without systemd.
 
     libvirt gives the container's root the top group of the named hierarchy (name=systemd), which no container has for
     itself, and a privileged root has them all. What is made there (init.scope and others) belongs to the ids of one
