@@ -54,6 +54,7 @@ _TAR = (
     "--acls",
     "--sparse",
     "--block-number",
+    "--blocking-factor=512",
     "--warning=no-timestamp",
     "--warning=no-unknown-keyword",
     "--warning=no-xattr-write",

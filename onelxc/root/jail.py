@@ -9,6 +9,7 @@ runs beside it as nobody. When the parent dies or gives up, all of it is killed 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import select
@@ -39,6 +40,7 @@ _CAPABILITIES = (
 _NOBODY = 65534
 _TEXT_LIMIT = 256 << 10
 _TICK_MS = 200
+_F_SETPIPE_SZ = 1031
 
 
 @dataclass
@@ -94,6 +96,7 @@ def _run(  # noqa: PLR0917
 ) -> Outcome:
     """Run in a jail that has these detached mounts (-1: none) at these places."""
     pipes = {name: os.pipe() for name in ("input", "out", "err", "filter_err", "status")}
+    _widen(pipes["input"][1])
     inner = {name: pair[0] if name == "input" else pair[1] for name, pair in pipes.items()}
     outer = {name: pair[1] if name == "input" else pair[0] for name, pair in pipes.items()}
     pid = os.fork()
@@ -113,6 +116,12 @@ def _run(  # noqa: PLR0917
     if len(words) != 2:
         raise StorageError(f"Cannot unpack in a jail: {' '.join(said['err'].split()) or 'it ended without a word'}")
     return Outcome(int(words[0]), int(words[1]), said["filter_err"], said["err"], said["out"])
+
+
+def _widen(pipe: int) -> None:
+    """Fewer turns between decompressor and tar; where the kernel does not allow it, as it is."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, _F_SETPIPE_SZ, 1 << 20)
 
 
 def _kill(pid: int) -> None:
@@ -236,6 +245,7 @@ def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[st
         stdin = fds["input"]
         if filter_argv:
             middle_r, middle_w = os.pipe()
+            _widen(middle_w)
             filter_pid = _start(filter_argv, {0: stdin, 1: middle_w, 2: fds["filter_err"]}, ())
             os.close(middle_w)
             os.close(stdin)
