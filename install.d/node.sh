@@ -134,7 +134,11 @@ END
 put_units() {
     local before=$changes unit
     put_link_file
-    [ -d /run/systemd/system ] || return 0
+    if [ ! -d /run/systemd/system ]; then
+        # a new version of the package is a new hub: the next action, or probe, starts it
+        if [ "$changes" -gt 0 ] && [ -s /run/onelxc/hub.pid ]; then stop_hub; fi
+        return 0
+    fi
     before=$changes
     for unit in libvirtd virtlxcd; do
         if [ "$(libvirt_major)" -lt 11 ] && [ -f "/usr/lib/systemd/system/$unit.service" ]; then
@@ -243,7 +247,7 @@ node_uninstall() {
 stop_hub() {
     local pid
     pid=$(head -n 1 /run/onelxc/hub.pid)
-    case $(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null) in
+    case $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" || :) in
         *onelxc-hub*) if step "stop onelxc-hub (process $pid)"; then kill "$pid"; fi ;;
     esac
 }

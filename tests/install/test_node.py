@@ -255,3 +255,18 @@ def test_a_real_tool_in_our_place() -> None:
         assert machine.command("dpkg-divert", "--list", str(tool)) == ""
     finally:
         tool.unlink()
+
+
+# Where there is no systemd: a new version of the package is a new hub, whose containers go on.
+@pytest.mark.skipif(os.path.isdir("/run/systemd/system"), reason="the hub is systemd's here, which restarts it")
+def test_an_upgrade_ends_the_old_hub(vm: Callable[..., Vm]) -> None:
+    one = vm()
+    one.deployed().booted()
+    pid = Path("/run/onelxc/hub.pid").read_text().split()[0]
+    shim = Path("/usr/lib/onelxc/onelxc/names.py")
+    shim.write_text(shim.read_text() + "# of another version\n")
+    assert f"stop onelxc-hub (process {pid})\n" in node()
+    wait_until(
+        lambda: not os.path.exists(f"/proc/{pid}") or "onelxc-hub" not in machine.command_line(int(pid)), "its end"
+    )
+    assert one.name in machine.domains()
