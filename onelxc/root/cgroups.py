@@ -122,6 +122,26 @@ def remove(path: str, *, limit_s: float = 5.0) -> None:
         time.sleep(0.05)
 
 
+def own_named(vm_id: int, first_id: int) -> tuple[str, str] | None:
+    """Make a group of the VM's own in the named hierarchy, on hosts of version 1 without systemd: (path, mount point).
+
+    A systemd in the container has to make groups there. libvirt puts no container into a group of its own in it and
+    shows the whole of it, so that two of them would meet in one init.scope, which belongs to the first. Mounted over
+    the mount point inside, this one is the container's alone. It is named as a slice, since systemd finds the unit of
+    a process by skipping the slices of its path.
+    """
+    if os.path.isdir("/run/systemd/system"):
+        return None
+    for point, kind in hierarchies():
+        if kind.startswith("name="):
+            path = os.path.join(point, f"onelxc-{vm_id}.slice")
+            os.makedirs(path, 0o755, exist_ok=True)
+            for each in (path, *(entry.path for entry in _entries(path) if entry.is_file(follow_symlinks=False))):
+                os.chown(each, first_id, first_id)
+            return path, point
+    return None
+
+
 def take_back(ids: range) -> None:
     """Take back what systemd in a container made beside the container's own groups, on v1 hosts without systemd.
 
@@ -135,6 +155,7 @@ def take_back(ids: range) -> None:
         if not kind:
             continue
         for entry in _entries(point):
+            # the container's own group, and what an earlier driver's or a privileged container's systemd made
             if entry.name in _SYSTEMDS or (kind.startswith("name=") and _owned(entry.path, ids)):
                 _remove_unused(entry)
         if kind.startswith("name=") and _owned(point, ids):

@@ -183,3 +183,21 @@ def configured(one: Vm, text: str) -> Iterator[None]:
     finally:
         with open(path, "w") as file:
             file.write(before)
+
+
+def test_several_systemds_at_once(vm: NewVm) -> None:
+    """On hosts with version 1 of control groups and no systemd, libvirt shows all containers one hierarchy for them."""
+    several = [vm(IMAGES["systemd"](), template={"MEMORY": "256"}).deployed() for _ in range(2)]
+    for one in several:
+        one.booted()
+        assert one.inside("systemctl is-active multi-user.target") == "active\n"
+        assert one.inside("systemctl list-units --failed --plain --no-legend --type=service") == ""
+        one.inside("systemd-run --unit=probe sh -c 'cat /proc/self/cgroup > /probe'")
+        wait_until(lambda: "probe.service" in one.inside("cat /probe", check=False), "a service runs in its group")  # noqa: B023
+    several[0].inside("reboot", check=False)
+    several[0].booted(2)
+    assert several[0].inside("systemctl is-active multi-user.target") == "active\n"
+    several[1].act("shutdown").ok()
+    several[0].act("reboot").ok()
+    several[0].booted(3)
+    assert several[0].inside("systemctl show -p ControlGroup --value systemd-journald.service") != ""
