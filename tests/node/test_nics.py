@@ -203,51 +203,50 @@ def test_mtu_at_the_start(vm: NewVm, bridge: str) -> None:
     assert host_links()[f"{one.name}-0"]["mtu"] == 1400
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"device": "eth0"},
-        {"device": "one-9-0"},
-        {"guest_name": "-x"},
-        {"guest_name": "eth0 up"},
-        {"mac": "02:00:00:00:00:0g"},
-        {"mac": ""},
-        {"ip": "10.0.0.1 dev eth0"},
-        {"gateway6": "fe80::1%eth0"},
-        {"bridge": "-br"},
-        {"mtu": 1},
-        {"vlan_tagged": "1 2"},
-        {"cvlans": "x"},
-        {"qinq_type": "any"},
-        {"pci_address": "../../x"},
-    ],
-    ids=lambda wrong: "".join(f"{name}={value}" for name, value in wrong.items()),
+WRONG: tuple[dict[str, Any], ...] = (
+    {"device": "eth0"},
+    {"device": "one-9-0"},
+    {"guest_name": "-x"},
+    {"guest_name": "eth0 up"},
+    {"mac": "02:00:00:00:00:0g"},
+    {"mac": ""},
+    {"ip": "10.0.0.1 dev eth0"},
+    {"gateway6": "fe80::1%eth0"},
+    {"bridge": "-br"},
+    {"mtu": 1},
+    {"vlan_tagged": "1 2"},
+    {"cvlans": "x"},
+    {"qinq_type": "any"},
+    {"pci_address": "../../x"},
 )
-def test_the_helper_takes_no_nic_with_words_of_its_own(installed: None, wrong: dict[str, Any]) -> None:
+
+
+def test_the_helper_takes_no_nic_with_words_of_its_own(installed: None) -> None:
     """What an unprivileged caller says ends up in root's command lines."""
-    right = {"nic_id": 0, "device": "one-5000-0", "bridge": "br0", "mac": "02:00:00:00:00:01", "guest_name": "eth0"}
-    nic = {**model.to_json(Nic(**right)), **wrong}
+    right: dict[str, Any] = {"nic_id": 0, "device": "one-5000-0", "bridge": "br0", "mac": "02:00:00:00:00:01"}
+    right["guest_name"] = "eth0"
+    refused = r"Cannot (use|attach) NIC 0 (of|to) VM 5000: (not a NIC of ours|it has no MAC)"
     with rootclient.open_session(5000, "attach_nic", Report("x", framed=False)) as host:
-        with pytest.raises(
-            HelperError, match=r"Cannot (use|attach) NIC 0 (of|to) VM 5000: (not a NIC of ours|it has no MAC)"
-        ):
-            host.call("new_nic", nic=nic)
-        if "mac" not in wrong:
+        for wrong in WRONG:
+            with pytest.raises(HelperError, match=refused):
+                host.call("new_nic", nic={**model.to_json(Nic(**right)), **wrong})
+            if wrong == {"mac": ""}:
+                continue  # libvirt makes one at the start
             vm = model.to_json(model.Vm(5000, disks=(model.Disk(0, "/var/lib/one/x"),), nics=(Nic(**right),)))
             vm["nics"][0].update(wrong)
-            with pytest.raises(HelperError, match="Cannot use NIC 0 of VM 5000: not a NIC of ours"):
+            with pytest.raises(HelperError, match=refused):
                 host.call("prepare", vm=vm)
 
 
 def test_limits_are_kept_in_both_directions(running: Vm, bridge: str) -> None:
-    """400 kB/s: what takes no time at all without limits takes two seconds and more, and not ten."""
-    size = 1_200_000
-    assert seconds_to_send(running, size, port=7001, outward=False) < 1.5
+    """400 kB/s: what takes no time at all without limits takes more than a second, and not ten."""
+    size = 800_000
+    assert seconds_to_send(running, size, port=7001, outward=False) < 1.2
     limits = {"INBOUND_AVG_BW": 400, "OUTBOUND_AVG_BW": 400}
     detach(running, 0).ok()
     attach(running, bridge, IP="10.77.0.12", **limits).ok()
-    assert 1.8 < seconds_to_send(running, size, port=7002, outward=False) < 15
-    assert 1.8 < seconds_to_send(running, size, port=7003, outward=True) < 15
+    assert 1.4 < seconds_to_send(running, size, port=7002, outward=False) < 15
+    assert 1.4 < seconds_to_send(running, size, port=7003, outward=True) < 15
 
 
 def test_limits_from_the_start_go_with_the_container(vm: NewVm, bridge: str) -> None:
