@@ -113,9 +113,12 @@ def holder(vm_id: int) -> Holder | None:
 
 
 def started_of(pid: int) -> int:
-    """Start of a process in clock ticks since boot (/proc/PID/stat, field 22). OSError if there is none."""
+    """Start of a process in clock ticks since boot (/proc/PID/stat, field 22). OSError if it has ended."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[19])
+        fields = file.read().rpartition(b")")[2].split()
+    if fields[0] in (b"Z", b"X"):
+        raise ProcessLookupError(pid, "it has ended and only waits for its parent")
+    return int(fields[19])
 
 
 def _ask_to_give_up(other: Holder) -> None:

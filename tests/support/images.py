@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 CACHE = "/var/cache/onelxc-tests"
-VERSION = 5
+VERSION = 6
 """To be raised when a recipe changes."""
 
 INITTAB = """\
@@ -27,10 +28,14 @@ INITTAB = """\
 ::ctrlaltdel:/sbin/reboot
 ::shutdown:/bin/sync
 """
-# /boots counts: a reboot from inside or outside is a line more
+# a line in /boots for each boot, with the start of process 1, so that one boot is told from another
+COUNT_BOOT = """\
+#!/bin/sh
+echo boot $(cut -d' ' -f22 /proc/1/stat) >> /boots
+"""
 RCS = """\
 #!/bin/sh
-echo boot >> /boots
+/sbin/count-boot
 echo "busybox is up"
 """
 SUITE = "bookworm"
@@ -46,7 +51,7 @@ cat > "$1/etc/systemd/system/boots.service" <<'END'
 Description=count boots
 [Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'echo boot >> /boots'
+ExecStart=/sbin/count-boot
 [Install]
 WantedBy=multi-user.target
 END
@@ -57,7 +62,7 @@ ln -s ../boots.service "$1/etc/systemd/system/multi-user.target.wants/boots.serv
     # runlevel: startpar runs only those that its own list of dependencies knows
     "sysvinit": """\
 sed -i /getty/d "$1/etc/inittab"
-echo 'bo:2345:once:/bin/sh -c "echo boot >> /boots"' >> "$1/etc/inittab"
+echo 'bo:2345:once:/sbin/count-boot' >> "$1/etc/inittab"
 """,
 }
 
@@ -102,6 +107,7 @@ def busybox_tree(root: str) -> None:
         os.symlink("../bin/busybox", os.path.join(root, "sbin", applet))
     _write(os.path.join(root, "etc/inittab"), INITTAB)
     _write(os.path.join(root, "etc/init.d/rcS"), RCS, 0o755)
+    _write(os.path.join(root, "sbin/count-boot"), COUNT_BOOT, 0o755)
     _write(os.path.join(root, "etc/passwd"), "root::0:0:root:/root:/bin/sh\nuser::1000:1000::/home/user:/bin/sh\n")
     _write(os.path.join(root, "etc/group"), "root:x:0:\nuser:x:1000:\n")
     _write(os.path.join(root, "etc/shadow"), "root::19000:0:99999:7:::\nuser::19000:0:99999:7:::\n", 0o640)
@@ -144,7 +150,7 @@ def busybox_tar() -> str:
 def _one_process_tree(root: str) -> None:
     busybox_tree(root)
     os.unlink(os.path.join(root, "sbin/init"))
-    _write(os.path.join(root, "sbin/init"), "#!/bin/sh\necho boot >> /boots\nexec /bin/sleep 86400\n", 0o755)
+    _write(os.path.join(root, "sbin/init"), "#!/bin/sh\n/sbin/count-boot\nexec /bin/sleep 86400\n", 0o755)
 
 
 def one_process_tar() -> str:
@@ -157,7 +163,8 @@ def distribution_tar(init: str) -> str:
 
     def make(path: str) -> None:
         raw = path + ".tar"
-        hook = BOOTS[init]
+        script = f'cat > "$1/sbin/count-boot" <<\'END\'\n{COUNT_BOOT}END\nchmod 755 "$1/sbin/count-boot"\n'
+        hook = script + BOOTS[init]
         user = 'echo "root:x" | chroot "$1" chpasswd; chroot "$1" useradd -m -u 1000 user'
         sudo = 'echo "user ALL=(ALL) NOPASSWD: ALL" > "$1/etc/sudoers.d/user"'
         _run("mmdebstrap", "--quiet", "--variant=essential", '--aptopt=Acquire::Languages "none"',
@@ -193,11 +200,11 @@ def busybox_ext4() -> str:
 
 
 def main() -> int:
-    for init in sys.argv[1:] or DISTRIBUTION:
-        distribution_tar(init)
     busybox_tar()
     one_process_tar()
     busybox_ext4()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(distribution_tar, sys.argv[1:] or DISTRIBUTION))
     return 0
 
 

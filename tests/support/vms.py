@@ -69,6 +69,7 @@ class Vm:
         self.top = f"/var/lib/one/{vm_id}" if driver.pull else f"/var/lib/one/datastores/{self.ds_id}/{vm_id}"
         self.directory = os.path.join(self.top, "images") if driver.pull else self.top
         self.deployments = 0
+        self.starts: list[int] = []
         os.makedirs(self.directory)
         self._own()
 
@@ -182,17 +183,28 @@ class Vm:
         return machine.domains().get(self.name) == 1
 
     def booted(self, times: int = 1, timeout_s: float = 60) -> Vm:
-        """Wait until the container's own start scripts have run for the `times`th time."""
+        """Wait until the container's own start scripts have run for the `times`th time.
 
-        def count() -> int:
+        A line of /boots names the start of its process 1. Counting lines would not do: a deploy may have started the
+        container twice, where libvirtd had missed the first start.
+        """
+
+        def is_up() -> bool:
             try:
-                return len(self.inside("cat /boots", check=False).splitlines())
-            except (AssertionError, OSError):
-                return 0
-            except machine.libvirt.libvirtError:
-                return 0
+                start = machine.started(machine.init_pid(self.name))
+                lines = self.inside("cat /boots", check=False).splitlines()
+            except (AssertionError, OSError, machine.libvirt.libvirtError):
+                return False
+            if len(lines) < times or (lines[-1] != "boot" and f"boot {start}" not in lines):
+                return False
+            new = start not in self.starts
+            if times > len(self.starts) > 0 and not new:
+                return False
+            if new:
+                self.starts.append(start)
+            return True
 
-        wait_until(lambda: count() >= times, f"{self.name} has booted {times} times", timeout_s=timeout_s)
+        wait_until(is_up, f"{self.name} has booted {times} times", timeout_s=timeout_s)
         return self
 
     def end(self) -> None:
