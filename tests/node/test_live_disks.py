@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from onelxc.root import loops
-from tests.support import images, machine
+from tests.support import hostconf, images, machine
 from tests.support.frontends import MONITORD
 from tests.support.stream import Outcome
 from tests.support.vms import Vm
@@ -24,12 +24,10 @@ ATTACH = {"ATTACH": "YES"}
 
 
 @pytest.fixture(params=["unprivileged", "privileged"])
-def one(vm: NewVm, request: pytest.FixtureRequest) -> Vm:
-    if request.param == "privileged":
-        Path("/etc/onelxc").mkdir(exist_ok=True)
-        Path("/etc/onelxc/host.conf").write_text('PRIVILEGED = "yes"\n')
+def one(vm: NewVm, request: pytest.FixtureRequest) -> Iterator[Vm]:
     user = {"LXC_UNPRIVILEGED": "no"} if request.param == "privileged" else {}
-    return vm(images.busybox_ext4(), user_template=user).deployed().booted()
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        yield vm(images.busybox_ext4(), user_template=user).deployed().booted()
 
 
 @pytest.fixture
