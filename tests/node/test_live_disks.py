@@ -68,7 +68,16 @@ def resize(one: Vm, number: int, size_mb: int) -> Outcome:
     return one.act("resize_disk", number, size_mb, "b64", lcm_state=62)
 
 
-def test_comes_and_goes(one: Vm, image: str) -> None:
+def test_comes_and_goes(one: Vm, image: str, tmp_path: Path) -> None:
+    """One container, one case after the other: each gives back what it brought."""
+    comes_again(one, image)
+    read_only(one, image)
+    limits(one, image)
+    detach_of_what_something_is_mounted_in(one, image)
+    archive_and_volatile_disk(one, tmp_path)
+
+
+def comes_again(one: Vm, image: str) -> None:
     attach(one, image).ok()
     path = one.path("disk.1")
     assert one.inside("stat -c %u /media/one-disk.1") == "0\n"
@@ -82,26 +91,28 @@ def test_comes_and_goes(one: Vm, image: str) -> None:
     assert again.code == 0, again
     assert one.inside("cat /srv/data/file") == "written\n"
     assert os.stat(one.path("disk.1")).st_uid != 0
+    detach(one, 1).ok()
 
 
-def test_read_only(one: Vm, image: str) -> None:
+def read_only(one: Vm, image: str) -> None:
     attach(one, image, READONLY="YES").ok()
     outcome = one.inside("echo x > /media/one-disk.1/file; echo $?; mount -o remount,rw /media/one-disk.1; echo $?")
     assert outcome.split()[0] != "0"
     if "unprivileged" in os.environ.get("PYTEST_CURRENT_TEST", ""):
         assert outcome.split()[1] != "0"
+    detach(one, 1).ok()
 
 
-def test_limits(one: Vm, image: str) -> None:
+def limits(one: Vm, image: str) -> None:
     attach(one, image, TOTAL_BYTES_SEC=str(2 << 20), READ_IOPS_SEC="77").ok()
     (device,) = loops.loops_of(one.path("disk.1"))
     number = machine.command("cat", f"/sys/block/{os.path.basename(device)}/dev").strip()
-    assert limits(one, number) == {"read_bps": 2 << 20, "write_bps": 2 << 20, "read_iops": 77, "write_iops": None}
+    assert limits_of(one, number) == {"read_bps": 2 << 20, "write_bps": 2 << 20, "read_iops": 77, "write_iops": None}
     detach(one, 1).ok()
-    assert not any(limits(one, number).values())
+    assert not any(limits_of(one, number).values())
 
 
-def limits(one: Vm, number: str) -> dict[str, int | None]:
+def limits_of(one: Vm, number: str) -> dict[str, int | None]:
     found: dict[str, int | None] = dict.fromkeys(("read_bps", "write_bps", "read_iops", "write_iops"))
     for group in machine.cgroups():
         if one.name not in group.replace("\\x2d", "-"):
@@ -135,7 +146,7 @@ def test_detach_names_who_uses_it(one: Vm, image: str) -> None:
     assert loops.loops_of(one.path("disk.1")) == ()
 
 
-def test_detach_of_what_something_is_mounted_in(one: Vm, image: str) -> None:
+def detach_of_what_something_is_mounted_in(one: Vm, image: str) -> None:
     attach(one, image, TARGET="/data").ok()
     one.inside("mkdir /data/x && mount -t tmpfs none /data/x")
     refused = detach(one, 1)
@@ -154,7 +165,7 @@ def test_back_after_a_reboot_from_inside_and_after_reset(one: Vm, image: str) ->
     wait_until(lambda: one.inside("cat /media/one-disk.1/file", check=False) == "kept\n", "the disk is back")
     (device,) = loops.loops_of(one.path("disk.1"))
     number = machine.command("cat", f"/sys/block/{os.path.basename(device)}/dev").strip()
-    wait_until(lambda: limits(one, number)["write_iops"] == 55, "its limits, too")
+    wait_until(lambda: limits_of(one, number)["write_iops"] == 55, "its limits, too")
     detach(one, 1).ok()
     assert loops.loops_of(one.path("disk.1")) == ()
 
@@ -170,7 +181,7 @@ def test_a_disk_of_the_deploy_can_be_detached(vm: NewVm, image: str) -> None:
     assert one.running
 
 
-def test_an_archive_and_a_volatile_disk(one: Vm, tmp_path: Path) -> None:
+def archive_and_volatile_disk(one: Vm, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_text("from the archive")
     images.tar(str(tmp_path / "tree"), str(tmp_path / "data.tar.gz"), "--gzip")
@@ -182,22 +193,19 @@ def test_an_archive_and_a_volatile_disk(one: Vm, tmp_path: Path) -> None:
     one.inside("echo x > /media/one-disk.2/file")
 
 
-@pytest.mark.parametrize(
-    "attributes,words",
-    [
+def test_refused_and_nothing_left(vm: NewVm, image: str) -> None:
+    one = vm(images.busybox_ext4()).deployed().booted()
+    for attributes, words in (
         ({"TARGET": "/../x"}, "TARGET is no place for a data disk"),
         ({"TARGET": "/boots"}, "cannot attach at /boots"),
         ({"TARGET": "/proc"}, "something else is mounted there"),
         ({"TYPE": "swap"}, "a container cannot swap to a disk of its own"),
-    ],
-)
-def test_refused_and_nothing_left(vm: NewVm, image: str, attributes: dict[str, str], words: str) -> None:
-    one = vm(images.busybox_ext4()).deployed().booted()
-    refused = attach(one, image, **attributes)
-    assert refused.code == 1
-    assert words in one.driver.message(refused), refused
-    assert one.driver.message(refused).count("\n") <= 1
-    assert loops.loops_of(one.path("disk.1")) == ()
+    ):
+        refused = attach(one, image, **attributes)
+        assert refused.code == 1
+        assert words in one.driver.message(refused), refused
+        assert one.driver.message(refused).count("\n") <= 1
+        assert loops.loops_of(one.path("disk.1")) == ()
     # nothing stands in the way of the next one
     attach(one, image).ok()
 
@@ -227,9 +235,13 @@ def test_failures_in_words(vm: NewVm, tmp_path: Path, image: str) -> None:
     assert one.name in one.driver.message(gone)
 
 
-@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
-def test_grows_while_mounted(one: Vm, tmp_path: Path, kind: str) -> None:
-    attach(one, make(tmp_path / "data", kind, 320)).ok()
+def test_grows_while_mounted(one: Vm, tmp_path: Path) -> None:
+    for kind in ("xfs", "btrfs"):
+        grows(one, make(tmp_path / kind, kind, 320))
+
+
+def grows(one: Vm, image: str) -> None:
+    attach(one, image).ok()
     one.inside("echo kept > /media/one-disk.1/file")
     resize(one, 1, 500).ok()
     assert os.stat(one.path("disk.1")).st_size == 500 << 20
@@ -238,10 +250,12 @@ def test_grows_while_mounted(one: Vm, tmp_path: Path, kind: str) -> None:
     assert one.inside("cat /media/one-disk.1/file") == "kept\n"
     smaller = resize(one, 1, 300)
     assert "does not shrink" in one.driver.message(smaller)
+    detach(one, 1).ok()
 
 
-def test_ext4_grows_or_says_when_it_will(one: Vm) -> None:
+def test_ext4_grows_or_says_when_it_will(vm: NewVm) -> None:
     """Without CAP_SYS_RESOURCE (as in some build machines) the kernel does not grow ext4 while it is mounted."""
+    one = vm(images.busybox_ext4()).deployed().booted()
     outcome = resize(one, 0, 128)
     may = int(
         next(line for line in Path("/proc/self/status").read_text().splitlines() if "CapEff" in line).split()[1], 16
