@@ -183,18 +183,18 @@ def _open_disk(work: Work, disk: Disk, init: str | None) -> int:
         _import(work, found, disk, init)
     # opened anew: an import has put another file in its place
     with validate.find(disk.path, work.config) as found:
-        return open_image(work, found, read_only=disk.read_only)
+        return open_image(work, found, disk)
 
 
-def open_image(work: Work, found: validate.Found, *, read_only: bool) -> int:
+def open_image(work: Work, found: validate.Found, disk: Disk) -> int:
     """A descriptor of an image's raw bytes for the loop device; the image is in the journal from here on."""
     status = found.status
     if stat.S_ISREG(status.st_mode):
         work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
-    fd = found.open(os.O_RDONLY if read_only else os.O_RDWR)
+    fd = found.open(os.O_RDONLY if disk.read_only else os.O_RDWR)
     if stat.S_ISREG(status.st_mode) and qcow2.is_qcow2(fd):
         os.close(fd)
-        return qcow2.export(work, found, read_only=read_only)
+        return qcow2.export(work, found, source=disk.source, read_only=disk.read_only)
     return fd
 
 

@@ -38,11 +38,13 @@ def place_of(work: Work, found: validate.Found) -> str:
     return os.path.join(work.paths.mounts, f"qcow2.{found.name}")
 
 
-def export(work: Work, found: validate.Found, *, read_only: bool) -> int:
-    """A descriptor of a raw view of the image `found`. The VM's release ends what makes it."""
+def export(work: Work, found: validate.Found, *, source: str, read_only: bool) -> int:
+    """A descriptor of a raw view of the image `found`, a disk made from `source` (DISK/SOURCE). The VM's release ends
+    what makes it.
+    """
     status = found.status
     place = place_of(work, found)
-    layers = _chain(work, found, read_only)
+    layers = _chain(work, found, source, read_only)
     try:
         work.journal.take("qcow2", path=place, dev=status.st_dev, ino=status.st_ino)
         with open(place, "wb"):
@@ -78,7 +80,7 @@ def _pid_file(place: str) -> str:
     return f"{place}.pid"
 
 
-def _chain(work: Work, top: validate.Found, read_only: bool) -> list[tuple[int, str]]:
+def _chain(work: Work, top: validate.Found, source: str, read_only: bool) -> list[tuple[int, str]]:
     """(descriptor, format) of the image and of each file behind it."""
     layers: list[tuple[int, str]] = []
     try:
@@ -91,6 +93,11 @@ def _chain(work: Work, top: validate.Found, read_only: bool) -> list[tuple[int, 
             if len(layers) >= _LAYERS:
                 raise StorageError(f"Cannot open {top.path} as qcow2: more than {_LAYERS} images lie behind it")
             with validate.find(os.path.join(os.path.dirname(real), backing), work.config) as below:
+                if not _belongs(below.real, top.path, source):
+                    raise StorageError(
+                        f"Cannot open {top.path} as qcow2: the image behind it ({backing}) is neither the VM's own nor"
+                        " the one that the disk was made from"
+                    )
                 real = below.real
                 layers.append((below.open(os.O_RDONLY), form))
     except BaseException:
@@ -98,6 +105,18 @@ def _chain(work: Work, top: validate.Found, read_only: bool) -> list[tuple[int, 
             os.close(fd)
         raise
     return layers
+
+
+def _belongs(real: str, disk: str, source: str) -> bool:
+    """Whether a file may lie behind a disk: in the VM's own directory, or DISK/SOURCE with its snapshots.
+
+    Who uploads an image writes its header, and other people's images lie in the same datastores. SOURCE is a path on
+    the front-end, whose last two components (datastore and image) are the same on every host.
+    """
+    if real.startswith(os.path.realpath(os.path.dirname(disk)) + "/"):
+        return True
+    image = real.partition(".snap/")[0].split("/")[-2:]
+    return len(image) == 2 and image == os.path.normpath(source).split("/")[-2:]
 
 
 def _header(fd: int, name: str) -> tuple[str, str]:

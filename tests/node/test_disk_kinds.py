@@ -222,6 +222,42 @@ def test_a_qcow2_with_a_backing_file(vm: NewVm, tree: Path, tmp_path: Path) -> N
     assert "does not lie in a datastore" in one.driver.message(refused)
 
 
+def test_a_qcow2_is_not_shown_what_belongs_to_others(vm: NewVm, tree: Path, tmp_path: Path) -> None:
+    """Who uploads an image writes its header. Behind a disk lie the image that it was made from, and nothing else."""
+    one = vm(None)
+    store = Path("/var/lib/one/datastores/1")
+    store.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("mine", "foreign"):
+            shutil.copy(filled(tmp_path / name, tree, "ext4", 64), store / name)
+        one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2"})
+        one.disks[0]["SOURCE"] = "/var/lib/one//datastores/1/mine"
+        sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(store / "mine"), one.path("disk.0"))
+        one.give(one.path("disk.0"))
+        one.deployed().booted()
+        one.act("cancel").ok()
+        for behind in (store / "foreign", os.path.relpath(store / "foreign", one.directory)):
+            os.unlink(one.path("disk.0"))
+            sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(behind), one.path("disk.0"))
+            one.give(one.path("disk.0"))
+            refused = one.deploy()
+            assert refused.code == 1
+            assert "is neither the VM's own nor the one that the disk was made from" in one.driver.message(refused)
+        # an uploaded image of one's own, with a header that names another's
+        os.unlink(store / "mine")
+        sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(store / "foreign"), str(store / "mine"))
+        os.unlink(one.path("disk.0"))
+        sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(store / "mine"), one.path("disk.0"))
+        one.give(one.path("disk.0"))
+        assert "is neither the VM's own" in one.driver.message(one.deploy())
+    finally:
+        for name in ("mine", "foreign"):
+            (store / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            store.rmdir()
+            store.parent.rmdir()
+
+
 FAKE_RBD = """#!/bin/sh
 # as far as `rbd device` is used: the cluster is a directory of images, its devices are loops
 cd /srv/ceph || exit 2
