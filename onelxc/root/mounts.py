@@ -77,7 +77,22 @@ def open_image(
         part = _partition(f"/proc/self/fd/{fd}", fd, name, log, root)
     offset, size = (part.offset, part.size) if part else (0, 0)
     with loops.attach(fd, read_only=read_only, name=name, offset=offset, size=size) as loop:
+        if _on_a_disk(status.st_dev):
+            loop.prefer_direct_io()
         return _open_device(loop.path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+
+
+def _on_a_disk(device: int) -> bool:
+    """Whether a file there may be read and written directly: what a FUSE export (qcow2) makes of it loses writes, and
+    checksums of btrfs do not bear pages that change meanwhile.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mountinfo:
+        for line in mountinfo:
+            before, _, after = line.partition(" - ")
+            if before.split(" ", 3)[2] == number:
+                return after.split(" ", 1)[0] in ("ext4", "ext3", "xfs")
+    return False
 
 
 def _partition(device: str, fd: int, name: str, log: Log, root: bool) -> partitions.Partition | None:
