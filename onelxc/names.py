@@ -12,6 +12,8 @@ DOMAIN_PREFIX = "one-"
 # may remove at any moment, and nothing is mounted below it, so that no `rm -rf` walks into a mount.
 STATE = "/var/lib/onelxc"
 RUN = "/run/onelxc"
+IO_COUNTERS = f"{RUN}/io"
+"""A file for each loop device of ours, named `major:minor`: its statistics when it was given its image."""
 HOST_CONF = "/etc/onelxc/host.conf"
 PROFILES = "/etc/onelxc/profiles"
 HELPER = "/usr/lib/onelxc/onelxc-root"

@@ -92,11 +92,9 @@ class Readings:
     def _io(self, vm_id: int | None) -> Io:
         total = Io()
         for device in self._devices.get(vm_id, ()):
-            # Documentation/block/stat.rst: reads, merged, sectors of 512 bytes, ms, then the same of writes
-            fields = [int(word) for word in kernelfile.text(f"{self.root}/sys/dev/block/{device}/stat").split()[:7]]
-            if len(fields) == 7:
-                more = Io(fields[2] * 512, fields[6] * 512, fields[0], fields[4])
-                total = Io(*(a + b for a, b in zip(total, more)))
+            now = _io_counted(f"{self.root}/sys/dev/block/{device}/stat")
+            before = _io_counted(f"{self.root}{names.IO_COUNTERS}/{device}")
+            total = Io(*(sum_ + max(0, a - b) for sum_, a, b in zip(total, now, before)))
         return total
 
 
@@ -124,6 +122,12 @@ def _ipv6(digits: str) -> str:
     import socket  # only where a guest has such an address
 
     return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
+
+
+def _io_counted(path: str) -> Io:
+    """Documentation/block/stat.rst: reads, merged, sectors of 512 bytes, ms, then the same of writes."""
+    fields = [int(word) for word in kernelfile.text(path).split()[:7]]
+    return Io(fields[2] * 512, fields[6] * 512, fields[0], fields[4]) if len(fields) == 7 else Io()
 
 
 def _nics(root: str) -> dict[int | None, list[str]]:

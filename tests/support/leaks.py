@@ -21,6 +21,7 @@ STAY = (
     "/run/onelxc/giveup",
     "/run/onelxc/hub",
     "/run/onelxc/console",
+    "/run/onelxc/io",  # one small file for each loop device that was ever used
     "/var/tmp/one",
 )
 PROCESSES_STAY = ("libvirtd", "onelxc-hub", "hub_daemon")
