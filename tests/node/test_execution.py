@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onelxc import executions
+from onelxc import containers, executions
 from onelxc.config import HostConfig
 from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.root import execution
@@ -195,6 +195,7 @@ def test_the_container_ends_under_it(container: Callable[..., Container]) -> Non
     one = container(821, "while ! [ -e /go ]; do sleep 0.05; done")
     start(821, "sleep 555")
     (one.root / "go").touch()
+    eventually("the end of the container", lambda: 821 not in [one.vm_id for one in containers.running()])
     eventually("the end of the command", lambda: not executions.running(821))
     assert execution.finished(HostConfig(), {}, print)["vms"] == [], (
         "a VM that is off was told CANCELLED by oned itself"
