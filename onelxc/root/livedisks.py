@@ -15,7 +15,7 @@ from typing import Any
 from onelxc import model, wire
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk, IoLimits, Mount, Vm
-from onelxc.root import inside, iolimits, mounts, orphans, prepare, record, release, syscalls, validate
+from onelxc.root import inside, iolimits, leaving, mounts, orphans, prepare, record, release, syscalls, validate
 from onelxc.root.record import Record
 from onelxc.root.work import Work
 
@@ -42,7 +42,9 @@ def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     disk = dataclasses.replace(disk, attach=True)  # from now on: libvirt's description of the domain has no word of it
     if disk.limits != IoLimits():
         iolimits.set_limits(work.vm_id, device, disk.limits)
-    inside.attach(pid, work.paths.disk(disk.disk_id), target, found.prepared.id_base)
+    source, id_base = work.paths.disk(disk.disk_id), found.prepared.id_base
+    work.journal.take("shown", disk=disk.disk_id, source=source, target=target, id_base=id_base)
+    inside.attach(pid, source, target, id_base)
     mount = Mount(work.paths.disk(disk.disk_id), target, disk.read_only)
     limited = ((disk.disk_id, device),) if disk.limits != IoLimits() else ()
     prepared = dataclasses.replace(
@@ -63,7 +65,7 @@ def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     target = next((mount.target for mount in found.prepared.mounts if mount.source == source), "")
     if mounts.is_mounted(source):
         device = _device_of(source)
-        _leave_container(work.vm_id, disk_id, source, target, found.prepared.id_base)
+        leaving.leave(work.vm_id, disk_id, source, target, found.prepared.id_base)
         if disk is not None and disk.limits != IoLimits():
             iolimits.set_limits(work.vm_id, device, IoLimits())
     _give_back(work, disk, source)
@@ -91,7 +93,7 @@ def refresh(work: Work, found: Record) -> None:
         disk = next((one for one in found.vm.disks if work.paths.disk(one.disk_id) == shown.source), None)
         if disk is None or not mounts.is_mounted(shown.source):
             continue
-        if _number(shown.source) not in present:
+        if leaving.number(shown.source) not in present:
             inside.attach(pid, shown.source, shown.target, found.prepared.id_base)
             if disk.limits != IoLimits():
                 iolimits.set_limits(work.vm_id, _device_of(shown.source), disk.limits)
@@ -116,47 +118,6 @@ def _wait_executed(vm_id: int) -> int:
         time.sleep(0.01)
 
 
-def _leave_container(vm_id: int, disk_id: int, source: str, target: str, id_base: int | None) -> None:
-    """Unmount the disk in every namespace of the container. If it is in use, it is where it was, and StorageError."""
-    number, st_dev = _number(source), os.stat(source).st_dev
-    try:
-        init = inside.init_pid(vm_id)
-    except NoSuchDomainError:
-        return
-    pids = inside.processes(init)
-    gone: list[str] = []
-    # the namespace of init last: it has the copy that is put back if somebody uses another
-    for pid in (*(pid for pid in _namespaces(pids, init)), init):
-        table = inside.mounts_of(pid)
-        points = [mount.point for mount in table if mount.device == number]
-        for point in reversed(points):
-            remove = pid == init and point == target == f"/media/one-disk.{disk_id}"
-            if inside.detach(pid, point, remove=remove):
-                gone += [point] if pid == init else []
-                continue
-            below = sorted(mount.point for mount in table if mount.point.startswith(f"{point}/"))
-            names = ", ".join(inside.users(inside.processes(init), st_dev))
-            if target in gone:
-                inside.attach(init, source, target, id_base)
-            why = names or (f"what is mounted at {below[0]} inside" if below else "the kernel")
-            raise StorageError(f"DISK {disk_id} is in use by {why}")
-
-
-def _namespaces(pids: tuple[int, ...], init: int) -> list[int]:
-    """One process for each mount namespace of the container other than that of its init; never the host's own."""
-    seen = {os.readlink("/proc/self/ns/mnt")}
-    found = []
-    for pid in (init, *pids):
-        try:
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-        except OSError:
-            continue
-        if namespace not in seen:
-            seen.add(namespace)
-            found.append(pid)
-    return [pid for pid in found if pid != init]
-
-
 def _give_back(work: Work, disk: Disk | None, source: str) -> None:
     """The host's mount and the loop device, by the journal's entries for them."""
     image = None
@@ -170,7 +131,8 @@ def _give_back(work: Work, disk: Disk | None, source: str) -> None:
         mine = entry.kind == "mount" and entry.what.get("path") == source
         file = entry.kind in ("loop", "qcow2") and image == (entry.what.get("dev"), entry.what.get("ino"))
         ceph = entry.kind == "rbd" and disk is not None and disk.path == f"rbd:{entry.what.get('image')}"
-        if mine or file or ceph:
+        shown = entry.kind == "shown" and entry.what.get("source") == source
+        if mine or file or ceph or shown:
             release.give_back(work, entry)
 
 
@@ -184,11 +146,6 @@ def _keep_place(work: Work, source: str) -> None:
     with mounts.Detached(fd, "tmpfs", "") as empty:
         work.journal.take("mount", path=source)
         mounts.place(empty, source, id_base=None)
-
-
-def _number(point: str) -> str:
-    """MAJOR:MINOR, as mountinfo writes it, of the file system mounted at `point`."""
-    return next(mount.device for mount in reversed(inside.mounts_of(os.getpid())) if mount.point == point)
 
 
 def _device_of(point: str) -> str:

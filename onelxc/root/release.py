@@ -19,7 +19,7 @@ from typing import Any
 from onelxc import command, names, vnc
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
-from onelxc.root import cgroups, execution, flushing, holders, mounts, orphans, qcow2, rbd, record, validate
+from onelxc.root import cgroups, execution, flushing, holders, leaving, mounts, orphans, qcow2, rbd, record, validate
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
@@ -178,6 +178,7 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "loop": _give_back_loop,  # dev, ino of the image; path for people
     "qcow2": qcow2.give_back,  # path of what is shown; dev, ino of the image
     "rbd": rbd.give_back,  # image, options
+    "shown": leaving.give_back,  # disk, source, target, id_base: what came to a running container
     "file": _give_back_file,  # path
     "domain": _give_back_domain,
     "nic": _by("onelxc.root.network", "give_back"),  # nic

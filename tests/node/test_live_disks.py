@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from onelxc import __version__
 from onelxc.root import loops
 from tests.support import hostconf, images, machine
 from tests.support.frontends import MONITORD
@@ -168,6 +170,29 @@ def test_back_after_a_reboot_from_inside_and_after_reset(one: Vm, image: str) ->
     wait_until(lambda: limits_of(one, number)["write_iops"] == 55, "its limits, too")
     detach(one, 1).ok()
     assert loops.loops_of(one.path("disk.1")) == ()
+
+
+def test_an_attach_that_is_not_finished_is_taken_back(one: Vm, image: str) -> None:
+    """Its caller dies after the disk came into the container and before it was kept."""
+    path = one.add_disk(image)
+    disk = {"disk_id": 1, "path": path, "target": "sdb"}
+    requests = json.dumps({"do": "attach_disk", "disk": disk}) + "\n"
+    helper = ["/usr/lib/onelxc/onelxc-root", "session", str(one.vm_id), "attach_disk", "--version", __version__]
+    process = subprocess.Popen(helper, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(requests)
+    process.stdin.flush()
+    answers = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert answers[1] == {"ok": {"target": "/media/one-disk.1"}}, answers
+    assert "one-disk.1" in one.inside("cat /proc/mounts")
+    process.stdin.close()
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert "one-disk.1" not in one.inside("cat /proc/mounts")
+    assert loops.loops_of(path) == ()
+    one.disks.pop()
+    assert attach(one, image).code == 0
 
 
 def test_a_disk_of_the_deploy_can_be_detached(vm: NewVm, image: str) -> None:
