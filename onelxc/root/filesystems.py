@@ -142,6 +142,21 @@ def _unknown(kind: str) -> str:
     return known.get(kind, f"{kind} is none of {', '.join(SUPPORTED)}")
 
 
+def tell_apart(device: str, found: Found, log: Log, *, read_only: bool) -> None:
+    """A clone of a btrfs that is mounted has its UUID, which kernels before 6.7 take for the same file system."""
+    if found.kind != "btrfs" or not os.path.isdir(f"/sys/fs/btrfs/{found.uuid}"):
+        return
+    if os.path.exists("/sys/fs/btrfs/features/temp_fsid"):
+        return
+    if read_only:
+        raise StorageError(f"Cannot mount {device}: a btrfs of the same UUID is mounted, and this one is read-only")
+    try:
+        command.run(["btrfstune", "-f", "-m", device], timeout_s=FSCK_LIMIT_S, verb=f"give {device} a UUID of its own")
+    except CommandError as error:
+        raise StorageError(str(error)) from error
+    log("the btrfs file system is a clone of one that is mounted: it has a UUID of its own now")
+
+
 def make(device: str, kind: str, *, label: str = "", pass_fds: tuple[int, ...] = ()) -> None:
     """Put a new file system on a device (a volatile disk)."""
     argv = {

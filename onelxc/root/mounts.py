@@ -107,6 +107,7 @@ def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: boo
     if not read_only:
         filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)
         filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
+    filesystems.tell_apart(device, found, log, read_only=read_only)
     fd = filesystems.mount(device, found.kind, read_only=read_only, nodev=not root)
     detached = Detached(fd, found.kind, device)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onelxc.root import loops
+from onelxc.root import filesystems, loops
 from tests.support import images, machine
 from tests.support.frontends import MONITORD
 from tests.support.vms import Vm
@@ -321,3 +321,17 @@ def test_a_qcow2_attached_grows_and_leaves(vm: NewVm, tmp_path: Path) -> None:
     sh("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw))
     with mounted(raw) as mnt:
         assert (mnt / "file").read_text() == "kept\n"
+
+
+def test_a_btrfs_clone_gets_a_uuid_of_its_own(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels before 6.7 need it, which know no temp_fsid."""
+    first = filled(tmp_path / "first", tree, "btrfs", 128)
+    second = shutil.copy(first, tmp_path / "second")
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: exists(path) and "temp_fsid" not in str(path))
+    lines: list[str] = []
+    with mounted(first), open(second, "r+b") as file, loops.attach(file.fileno()) as loop:
+        before = filesystems.probe(loop.path)
+        filesystems.tell_apart(loop.path, before, lines.append, read_only=False)
+        assert filesystems.probe(loop.path).uuid != before.uuid
+    assert "a UUID of its own" in lines[0]
