@@ -137,11 +137,6 @@ class Hypervisor:
         flags = libvirt.VIR_DOMAIN_START_VALIDATE
         return Domain(_call(f"Cannot start {name}", lambda: self._connection.createXML(xml, flags)), name)
 
-    def version(self) -> tuple[int, int, int]:
-        """libvirtd's version."""
-        number = int(_call("Cannot ask libvirt's version", self._connection.getLibVersion))
-        return number // 1000000, number // 1000 % 1000, number % 1000
-
 
 class Domain:
     """One container as libvirt knows it. A handle may outlive its domain; each method says what happens then."""
@@ -244,10 +239,6 @@ class Domain:
         """As it runs now, live-attached devices included, in the form that `create` takes."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE
         return str(_call(f"Cannot read the description of {self.name}", lambda: self._handle.XMLDesc(flags)))
-
-    def live_xml(self) -> str:
-        """With what libvirt chose for this run: the console's pty, the guest side of each NIC."""
-        return str(_call(f"Cannot read the description of {self.name}", lambda: self._handle.XMLDesc(0)))
 
     def ask_stop(self, init: Init) -> None:
         """Ask init to power off, in its language; returns at once. Nothing happens where it has ended."""
