@@ -24,6 +24,8 @@ REPEAT_S = 60
 PAUSED_S = 30
 """A container that stays frozen is asked about again after this time."""
 
+LEFT = "/left"
+
 RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
 WORDS = {RUNNING: "RUNNING", PAUSED: "SUSPENDED", OFF: "POWEROFF", BUSY: "UNKNOWN"}
 """The helper's words in OpenNebula's. Of a VM on which an action works now nothing is known until that has ended."""
@@ -39,7 +41,8 @@ def run() -> str:
     seen = look()
     states, asked = before, float(kept.get("asked", 0.0))
     frozen = any("/frozen" in one for one in seen)
-    if sync or seen != kept.get("seen") or BUSY in before.values() or (frozen and now - asked >= PAUSED_S):
+    unsettled = BUSY in before.values() or any(map(_is_left, seen))
+    if sync or seen != kept.get("seen") or unsettled or (frozen and now - asked >= PAUSED_S):
         states, asked = {**_running(seen), **verdicts()}, now
         # of what the helper no longer knows nothing is held any more, whoever let go of it
         states.update({vm: OFF for vm, state in before.items() if vm not in states and state != OFF})
@@ -60,7 +63,7 @@ def reap_if_needed() -> str:
     kept = samples.load(FILE)
     now = samples.now_s()
     seen = look()
-    if seen != kept.get("seen") or now - kept.get("asked", 0.0) >= SYNC_S:
+    if seen != kept.get("seen") or any(map(_is_left, seen)) or now - kept.get("asked", 0.0) >= SYNC_S:
         try:
             verdicts()
         except HelperError as error:
@@ -84,7 +87,15 @@ def look() -> list[str]:
             held = "/frozen" if cgroup.frozen(cgroup.of(container.controller, mounted)) else ""
             lost = "/lost" if any(map(_lost, devices.get(container.vm_id, ()))) else ""
             found.append(container.key + held + lost)
-    return found
+            devices.pop(container.vm_id, None)
+    # disks mounted for no container: a deploy is in flight, or was killed together with its root helper
+    return found + [
+        f"{names.deploy_id(vm_id)}{LEFT}" for vm_id in sorted(vm_id for vm_id in devices if vm_id is not None)
+    ]
+
+
+def _is_left(one: str) -> bool:
+    return one.endswith(LEFT)
 
 
 def _lost(device: str) -> bool:
@@ -99,7 +110,7 @@ def _lost(device: str) -> bool:
 
 def _running(seen: list[str]) -> dict[str, str]:
     """Containers with an OpenNebula name, by VM. The helper says more of them, if they are ours."""
-    return {str(names.vm_id_of(one.partition("/")[0])): RUNNING for one in seen}
+    return {str(names.vm_id_of(one.partition("/")[0])): RUNNING for one in seen if not _is_left(one)}
 
 
 def _sync_period_s() -> float:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 REBOOT_S = 5.0
 """How long a container that reboots may be without a process, once libvirt has answered."""
 
+DYING_S = 5.0
+"""How long the worker of a helper that was killed may take to die: it holds the lock until then."""
+
 RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
 
 
@@ -105,6 +108,10 @@ def _live_state(vm_id: int, groups: list[cgroups.Group]) -> str:
 def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
     """Under the lock, with nobody at work on the VM: release it if it is dead indeed."""
     held = lock.try_acquire(vm_id, "reap")
+    deadline = time.monotonic() + DYING_S
+    while held is None and lock.holder(vm_id) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        held = lock.try_acquire(vm_id, "reap")
     if held is None:
         return BUSY
     journal = Journal(VmPaths(vm_id).journal, "reap")
