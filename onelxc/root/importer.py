@@ -150,6 +150,7 @@ class _Import:
                 continue
             finally:
                 os.close(image)
+                self._remove_temporary()
             self.log(
                 f"imported {self.name} ({self._kind()}, {self.archive.end >> 20} MiB) as ext4:"
                 f" {content >> 20} MiB in {final >> 20} MiB, {time.monotonic() - began:.1f} s"
@@ -183,6 +184,7 @@ class _Import:
             os.close(found)
             if image >= 0:
                 os.close(image)
+                self._remove_temporary()
         how = "shared" if shared else "copied"
         self.log(f"import cache: hit, {self.name} {how} in {time.monotonic() - began:.1f} s")
         return True
@@ -214,13 +216,26 @@ class _Import:
         )
 
     def _temporary(self) -> int:
-        """A file without a name beside the archive; where the file system has no such thing, one that is unlinked."""
+        """A file without a name beside the archive; where the file system has no such thing (NFS), one with the name
+        that the journal knows.
+        """
         try:
             return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.dir_fd)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
-        raise StorageError("the datastore's file system has no unnamed files (O_TMPFILE)")
+        self._remove_temporary()
+        return os.open(
+            self._temporary_name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.dir_fd
+        )
+
+    @property
+    def _temporary_name(self) -> str:
+        return os.path.basename(temporary_name(self.name))
+
+    def _remove_temporary(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary_name, dir_fd=self.dir_fd)
 
     def _fill(self, image: int, size: int) -> int:
         """Make the file system and unpack into it; gives the bytes in use. _TooSmall if the content does not fit."""
@@ -346,15 +361,10 @@ class _Import:
         except OSError as error:
             self._no_space_or(f"writing the image failed: {error.strerror}")
         self.abort()
-        temporary = os.path.basename(temporary_name(self.name))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=self.dir_fd)
-        os.link(f"/proc/self/fd/{image}", temporary, dst_dir_fd=self.dir_fd, follow_symlinks=True)
-        try:
-            os.rename(temporary, self.name, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
-        except BaseException:
-            os.unlink(temporary, dir_fd=self.dir_fd)
-            raise
+        if not os.fstat(image).st_nlink:
+            self._remove_temporary()
+            os.link(f"/proc/self/fd/{image}", self._temporary_name, dst_dir_fd=self.dir_fd, follow_symlinks=True)
+        os.rename(self._temporary_name, self.name, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
         os.fsync(self.dir_fd)
 
 

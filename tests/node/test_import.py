@@ -36,6 +36,10 @@ def no_abort() -> None:
     pass
 
 
+def give_up() -> None:
+    raise GiveUpError("cancelled")
+
+
 def sh(*argv: str, input: bytes | None = None) -> bytes:
     return subprocess.run(argv, check=True, input=input, stdout=subprocess.PIPE).stdout
 
@@ -399,6 +403,27 @@ def test_no_space_left(tree: Path, tmp_path: Path) -> None:
     finally:
         sh("umount", str(small))
         small.rmdir()
+
+
+def test_a_datastore_without_unnamed_files(place: Path, tree: Path) -> None:
+    """NFS has no O_TMPFILE; nor has this FUSE file system."""
+    (place / "real").mkdir()
+    (place / "store").mkdir()
+    sh("bindfs", str(place / "real"), str(place / "store"))
+    store = place / "store"
+    try:
+        with pytest.raises(OSError):
+            os.open(store, os.O_TMPFILE | os.O_RDWR)
+        run_import(store, pack(tree, compression="zstd"))
+        assert os.listdir(store) == ["disk.0"]
+        with mounted(place / "real") as mnt:
+            assert (mnt / "usr/bin/sudo").stat().st_mode & 0o7777 == 0o4755
+        assert_refused(store, pack(tree, compression="gzip")[:-50], "Cannot import disk.0")
+        with pytest.raises(GiveUpError):
+            run_import(store, pack(tree), abort=give_up)
+        assert os.listdir(store) == ["disk.0"]
+    finally:
+        sh("fusermount", "-u", str(store))
 
 
 def test_size(place: Path, tree: Path) -> None:
