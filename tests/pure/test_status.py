@@ -156,3 +156,16 @@ def test_3_2_1_lets_go_of_the_dead(host: Host) -> None:
     assert host.asked == 2
     host.verdicts, host.seen = None, []
     assert statusprobe.reap_if_needed() == 'ONELXC_WARNING="Cannot ask"\n'
+
+
+def test_disks_left_mounted_for_no_container_are_asked_about_until_they_are_gone(host: Host) -> None:
+    host.seen, host.verdicts = ["one-5/left"], {5: "busy"}
+    assert host.tick() == SYNC + vm(5, "UNKNOWN")
+    host.verdicts = {}
+    host.tick()
+    assert host.asked == 2
+    host.seen = []
+    host.tick()
+    assert host.asked == 3
+    host.tick()
+    assert host.asked == 3
