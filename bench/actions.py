@@ -45,8 +45,10 @@ def measure(table: Table) -> None:
 
     drop_cache()
     table.compare("deploy, an archive never seen", lambda: (drop_cache(), first()), "tar -x, virsh create", bare_first,
-                  between=cleaned)  # fmt: skip
-    table.compare("deploy, an archive seen before", first, "tar -x, virsh create", bare_first, between=cleaned)
+                  between=cleaned, rounds=5)  # fmt: skip
+    table.compare(
+        "deploy, an archive seen before", first, "tar -x, virsh create", bare_first, between=cleaned, rounds=5
+    )
 
     bare.unpack(archive, ROOT)
     xml = bare.domain("bare", ROOT)
@@ -54,7 +56,7 @@ def measure(table: Table) -> None:
     one.deployed()
     one.act("cancel").ok()
     table.compare("deploy again (restart, resume)", one.deployed, "virsh create", lambda: bare.virsh("create", xml),
-                  between=lambda: (one.act("cancel").ok(), bare.end("bare")))  # fmt: skip
+                  between=lambda: (one.act("cancel").ok(), bare.end("bare")), rounds=5)  # fmt: skip
 
     def both_run() -> None:
         one.deployed()
@@ -66,15 +68,15 @@ def measure(table: Table) -> None:
     both_run()
     one.booted()
     table.compare(
-        "poll", lambda: one.act("poll").ok(), "virsh dominfo", lambda: bare.virsh("dominfo", "bare"), rounds=15
+        "poll", lambda: one.act("poll").ok(), "virsh dominfo", lambda: bare.virsh("dominfo", "bare"), rounds=9
     )
     table.compare("cancel", lambda: one.act("cancel").ok(), "virsh destroy", lambda: bare.virsh("destroy", "bare"),
                   between=both_run, rounds=5)  # fmt: skip
     one.booted()
     table.compare("host probe", lambda: driver.probe("lxc.d/onelxc", "lxc", 0, HOST).ok(), "virsh nodeinfo",
-                  lambda: bare.virsh("nodeinfo"), rounds=15)  # fmt: skip
+                  lambda: bare.virsh("nodeinfo"), rounds=9)  # fmt: skip
     table.compare("reaper", lambda: driver.probe("lxc.d/onelxc-reap", "lxc", 0, HOST).ok(), "virsh list",
-                  lambda: bare.virsh("list"), rounds=15)  # fmt: skip
+                  lambda: bare.virsh("list"), rounds=9)  # fmt: skip
     one.end()
     bare.end("bare")
     bare.remove(ROOT)

@@ -60,16 +60,22 @@ def domain(name: str, root: str, init: str = "/sbin/init", memory_kib: int = 655
 
 
 def end(name: str) -> None:
-    """Kill its init, and wait until the domain is gone: destroy() alone takes two seconds."""
+    """Kill its init, and wait until the domain is gone: destroy() alone takes two seconds. It is for those that libvirt
+    9 has lost while it started them, which have no init for ever.
+    """
     libvirt.registerErrorHandler(lambda *_: None, None)
     connection = libvirt.open(URI)
+    patience = time.monotonic() + 2
     try:
         found = connection.lookupByName(name)
         while True:
             try:
-                found.sendProcessSignal(1, 9)
+                if time.monotonic() > patience:
+                    found.destroy()
+                else:
+                    found.sendProcessSignal(1, 9)
             except libvirt.libvirtError as error:
-                # "not yet": the container was just made
+                # others than this one: the container was just made, or is just ending
                 if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     return
             time.sleep(0.005)
