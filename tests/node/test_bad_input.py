@@ -278,8 +278,8 @@ def test_helper_of_another_version(vm: NewVm) -> None:
         text = file.read()
     try:
         with open(path, "w") as file:
-            file.write(re.sub(r'__version__ = ".*"', '__version__ = "0.0.1"', text))
-        refused(one, one.deploy, r"helper of this host is 0\.0\.1; run `install\.sh node`")
+            file.write(re.sub(r'__version__ = ".*"', '__version__ = "0.0.1-other"', text))
+        refused(one, one.deploy, r"helper of this host is 0\.0\.1-other; run `install\.sh node`")
     finally:
         with open(path, "w") as file:
             file.write(text)
