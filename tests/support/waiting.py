@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+HUB_LOG = "/var/log/onelxc/hub.log"
 
 
 def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float = 60, interval_s: float = 0.05) -> T:
@@ -21,5 +24,8 @@ def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float =
             # shown by pytest beside the failure: which process is it that does not do what is waited for?
             listing = ["ps", "-eo", "pid,ppid,stat,wchan:20,args", "--forest"]
             print(subprocess.run(listing, capture_output=True, text=True).stdout)
+            if os.path.exists(HUB_LOG):
+                with open(HUB_LOG, errors="replace") as log:
+                    print(f"{HUB_LOG}:", *log.readlines()[-10:])
             raise AssertionError(f"not within {timeout_s:g} s: {what or condition} (last answer: {answer!r})")
         time.sleep(interval_s)
