@@ -23,8 +23,6 @@ from onelxc.root.consoles import complain
 
 URI = "lxc:///"
 INTERVAL_S = 2.0
-REBOOT_S = 10.0
-"""A container that is back within this has rebooted; a refresh of one that was deployed anew finds nothing to do."""
 _TTY = re.compile(r"<console[^>]* tty='(/dev/pts/\d+)'")
 
 
@@ -55,8 +53,6 @@ class Watcher(threading.Thread):
         self._wake = threading.Event()
         self._before = dict(seen)
         self._running: dict[int, int] = {}
-        self._lately: dict[int, tuple[int, float]] = {}
-        """What has gone: VM id → domain id, when. Between a reboot's end and its start a look may find nothing."""
         self._reopen: set[int] = set()
         self._connection: Any = None
         self.looked = threading.Event()
@@ -110,18 +106,15 @@ class Watcher(threading.Thread):
             if vm_id is not None and os.path.isdir(VmPaths(vm_id).state):
                 domains[vm_id] = domain
         for vm_id in [known for known in self._running if known not in domains]:
-            self._lately[vm_id] = (self._running.pop(vm_id), time.monotonic())
+            del self._running[vm_id]
             self._deliver(Gone(vm_id))
-        for vm_id in [gone for gone, (_, at) in self._lately.items() if time.monotonic() - at > REBOOT_S]:
-            del self._lately[vm_id]
         reopen, self._reopen = self._reopen, set()
         for vm_id, domain in domains.items():
             domain_id = domain.ID()
             if self._running.get(vm_id) == domain_id and vm_id not in reopen:
                 continue
             pty = _open_console(connection, domain)
-            lately = self._lately.pop(vm_id, (domain_id, 0.0))[0]
-            before = self._running.get(vm_id, self._before.get(vm_id, lately))
+            before = self._running.get(vm_id, self._before.get(vm_id, domain_id))
             self._running[vm_id] = domain_id
             if pty < 0:
                 self._reopen.add(vm_id)
