@@ -159,19 +159,6 @@ def _fill_device(detached: Detached, target: str) -> None:
             pass
 
 
-def place_bind(source_fd: int, target: str, *, read_only: bool = False) -> None:
-    """Bind the directory or file `source_fd` at `target`, which exists."""
-    tree = syscalls.open_tree("", dir_fd=source_fd)
-    try:
-        if read_only:
-            syscalls.mount_setattr(tree, set_=syscalls.ATTR_RDONLY)
-        syscalls.move_mount(tree, target)
-    except OSError as error:
-        raise StorageError(f"Cannot bind at {target}: {error.strerror}") from error
-    finally:
-        os.close(tree)
-
-
 def unmount(target: str, *, limit_s: float = 10.0) -> None:
     """Unmount everything at `target`, top first; a mount that is not there is success. Never lazily.
 

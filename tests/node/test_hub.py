@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from onelxc.model import VmPaths
 from onelxc.root import consolelog, hub
 from onelxc.root.consoles import socket_path
 from tests.support.plain_container import WAIT_S, Container, eventually
+from tests.support.waiting import read_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -38,15 +38,6 @@ def container() -> Iterator[Callable[..., Container]]:
     yield make
     for one in made:
         one.end()
-
-
-def read_until(stream: socket.socket, end: bytes) -> bytes:
-    said = b""
-    while end not in said:
-        data = stream.recv(65536)
-        assert data, f"the console ended before {end!r}: {said[-200:]!r}"
-        said += data
-    return said
 
 
 def test_a_chatty_container_does_not_hang_and_its_log_is_bounded(container: Callable[..., Container]) -> None:

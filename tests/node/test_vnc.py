@@ -15,7 +15,7 @@ from onelxc import vnc
 from onelxc.model import Graphics, VmPaths
 from tests.support import machine
 from tests.support.vms import REMOTES, Vm
-from tests.support.waiting import wait_until
+from tests.support.waiting import read_until, wait_until
 
 NewVm = Callable[..., Vm]
 STAND_IN = Path(__file__).resolve().parents[1] / "support/svncterm_server.py"
@@ -53,15 +53,6 @@ def listens(port: int = PORT) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def until(stream: socket.socket, end: bytes) -> bytes:
-    said = b""
-    while end not in said:
-        data = stream.recv(4096)
-        assert data, f"the viewer was let go before {end!r}: {said!r}"
-        said += data
-    return said
-
-
 def with_vnc(vm: NewVm, **graphics: str) -> Vm:
     return vm(template={"GRAPHICS": {"TYPE": "vnc", "LISTEN": "0.0.0.0", "PORT": str(PORT), **graphics}})
 
@@ -70,10 +61,10 @@ def test_two_viewers_and_the_log_see_the_console(vm: NewVm, server: None) -> Non
     one = with_vnc(vm).deployed().booted()
     first, second = view(), view()
     for viewer in (first, second):
-        until(viewer, b"leaves.")  # attached; what is said from here on all of them see
+        read_until(viewer, b"leaves.")  # attached; what is said from here on all of them see
     wait_until(lambda: machine.inside(one.name, "echo SAID > /dev/console; echo x", check=False), "a word")
     for viewer in (first, second):
-        until(viewer, b"SAID")
+        read_until(viewer, b"SAID")
     wait_until(lambda: b"SAID" in Path(VmPaths(one.vm_id).console_log).read_bytes(), "the word in the log")
     assert pwd.getpwuid(os.stat(vnc.PIPE).st_uid).pw_name == "oneadmin"
     one.act("cancel").ok()

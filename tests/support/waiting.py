@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -29,3 +30,13 @@ def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float =
                     print(f"{HUB_LOG}:", *log.readlines()[-10:])
             raise AssertionError(f"not within {timeout_s:g} s: {what or condition} (last answer: {answer!r})")
         time.sleep(interval_s)
+
+
+def read_until(stream: socket.socket, end: bytes) -> bytes:
+    """What comes from `stream` up to and with `end`; AssertionError if the stream ends before."""
+    said = b""
+    while end not in said:
+        data = stream.recv(65536)
+        assert data, f"the stream ended before {end!r}: {said[-200:]!r}"
+        said += data
+    return said
