@@ -22,3 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = os.path.relpath(str(item.path), os.path.dirname(os.path.abspath(__file__))).split(os.sep)[0]
         if tier in TIERS:
             item.add_marker(tier)
+
+
+class AtOnce:
+    """In the emulated machine (tools/vm), where a run takes hours, tells of each test as it ends."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed or report.when == "call":
+            terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line(f" {report.duration:.0f} s {report.nodeid}\n{report.longreprtext}".rstrip())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("ONELXC_IN_VM"):
+        config.pluginmanager.register(AtOnce(config))
