@@ -1,13 +1,11 @@
 """What does an action of 6.x/7.x ask for beyond its arguments? `<VMM_DRIVER_ACTION_DATA>`, read for each action.
 
-The XML goes before argv: `index` of attach_disk is wrong for targets such as /mnt/x, and quotes in the arguments of
-exec do not survive the shells on the way. States are those of include/VirtualMachine.h at release-7.4.0.
+The XML goes before argv: `index` of attach_disk is wrong for targets such as /mnt/x, and the command of exec may have
+lost its quotes on the way. States are those of include/VirtualMachine.h at release-7.4.0.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import enum
 import posixpath
 import re
@@ -18,7 +16,7 @@ from onelxc import template
 from onelxc.errors import NotSupportedError, TemplateError
 from onelxc.fields import Fields
 from onelxc.model import Disk, Nic, Vm
-from onelxc.request import Exec, Request, clean_path, exec_of
+from onelxc.request import Request, clean_path
 from onelxc.template import Policy
 
 
@@ -135,17 +133,13 @@ def snapshot_of(request: Request) -> Snapshot:
     return Snapshot(int(number), f"snap-{int(number)}", named.get(str(int(number))) or "")
 
 
-def command_of(request: Request) -> Exec:
-    """The command of exec: QEMU_GA_EXEC in the XML, else argv."""
+def command_of(request: Request) -> tuple[str, str]:
+    """The command of exec, and in base64 what it reads. argv has both, but not with every quote (see `exec_by_ssh`)."""
     fields, _, _ = template.template_of(template.root_of(request.xml, request.vm_id), request.vm_id)
     command = fields.text("QEMU_GA_EXEC/COMMAND")
     if not command:
-        return exec_of(request)
-    try:
-        data = base64.b64decode(fields.text("QEMU_GA_EXEC/STDIN"), validate=True)
-    except (binascii.Error, ValueError):
-        raise TemplateError(f"Cannot exec in VM {request.vm_id}: its input is not base64") from None
-    return Exec(command, data)
+        raise TemplateError(f"Cannot exec in VM {request.vm_id}: its XML has no QEMU_GA_EXEC/COMMAND")
+    return command, fields.text("QEMU_GA_EXEC/STDIN")
 
 
 def saving_of(request: Request) -> Saving:

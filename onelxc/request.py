@@ -7,8 +7,6 @@ is known to come: 3.2.1 leaves it open for ever in most actions, and whoever rea
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import posixpath
 import select
@@ -76,14 +74,6 @@ class Request:
         return int(text)
 
 
-@dataclass(frozen=True)
-class Exec:
-    """A command for the container's shell, and what it reads."""
-
-    command: str
-    stdin: bytes = b""
-
-
 def parse(
     action: str,
     argv: Sequence[str],
@@ -107,16 +97,6 @@ def parse(
         arguments=tuple(arguments[2:] if first else arguments[:-2]),
         xml=(read or read_stdin)() if comes else b"",
     )
-
-
-def exec_of(request: Request) -> Exec:
-    """`exec` has the command and, in base64, its input; an empty input is no argument at all."""
-    encoded = request.arguments[1] if len(request.arguments) > 1 else ""
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        raise TemplateError(f"Cannot exec in VM {request.vm_id}: its input is not base64") from None
-    return Exec(command=request.argument(0, "command"), stdin=data)
 
 
 def clean_path(path: str) -> str:

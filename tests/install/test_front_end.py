@@ -222,7 +222,7 @@ def test_dry_run(how: str, request: pytest.FixtureRequest) -> None:
     ("how", "printed"),
     [
         ("pull", ['name       = "vmm_lxc"', 'type       = "xml"']),
-        ("monitord", ['"-t 15 -r 0 -p onelxc"', "LIVE_RESIZE    = "]),
+        ("monitord", ['"-t 15 -r 0 -p -l exec=exec_by_ssh onelxc"', "LIVE_RESIZE    = "]),
     ],
 )
 def test_prints_what_to_add(how: str, printed: list[str], request: pytest.FixtureRequest) -> None:

@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.root import execution
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
+from tests.support import installation
 from tests.support.plain_container import Container, eventually
-from tests.support.stream import Outcome
-from tests.support.vms import MONITORD, Vm
+from tests.support.stream import PATH, Outcome
+from tests.support.vms import MONITORD, REMOTES, Vm
 from tests.support.waiting import wait_until
 
 BASE = 1879048192
@@ -281,31 +283,67 @@ def test_a_hostile_container_gets_hold_of_nothing(container: Callable[..., Conta
         assert "KEPT 30" in said, f"it never met one in the window: this test has shown nothing: {said}"
 
 
+def execute(one: Vm, command: str, stdin: bytes = b"") -> Outcome:
+    """As one_vmm_exec.rb runs `onevm exec`: the command in argv, escaped for the shells on its way, and in the XML."""
+    data = base64.b64encode(stdin).decode()
+    one.template["QEMU_GA_EXEC"] = {"COMMAND": command, "STDIN": data}
+    words = [str(one.vm_id), "node1", shellwords(command), data]
+    return one.driver("exec", *words, stdin=one.action_xml(lcm_state=17))
+
+
+def shellwords(text: str) -> str:
+    """Ruby's Shellwords.escape."""
+    return re.sub(r"([^A-Za-z0-9_\-.,:+/@\n])", r"\\\1", text).replace("\n", "'\n'") or "''"
+
+
+def executed(one: Vm) -> dict[str, str]:
+    """What vm/execution tells of its one command, once it tells it."""
+    probe = "onelxc-probes.d/vm/execution/onelxc"
+    ask = lambda: one.driver.probe(probe, "onelxc", 0, "node1", stdin="<X/>").ok().out  # noqa: E731
+    said = wait_until(ask, "the result is told", timeout_s=30)
+    assert said.startswith(f'VM = [ ID="{one.vm_id}", PID="')
+    assert ask() == "", "told twice"
+    found = dict(re.findall(r'(\w+)="([^"]*)"', said))
+    return {**found, **{name: base64.b64decode(found[name]).decode() for name in ("STDOUT", "STDERR")}}
+
+
 @pytest.mark.generation(MONITORD)
 def test_as_opennebula_calls_it(vm: Callable[..., Vm]) -> None:
     one = vm().deployed().booted()
-    command = "'echo said; echo wrong >&2; cat; exit 3'"  # one.vm.exec, Shellwords.escape: onevm's user quotes for us
-    stdin = base64.b64encode(b"read").decode()
+    assert execute(one, "echo said; echo wrong >&2; cat; exit 3", b"read").ok().out == ""
+    told = executed(one)
+    assert (told["STATUS"], told["RETURN_CODE"]) == ("DONE", "3")
+    assert (told["STDOUT"], told["STDERR"]) == ("said\nread", "wrong\n")
 
-    def execute(command: str) -> Outcome:
-        xml = one.action_xml(lcm_state=17)
-        return one.driver("exec", one.vm_id, "node1", command, stdin, stdin=xml)
-
-    def probe() -> str:
-        return one.driver.probe("onelxc-probes.d/vm/execution/onelxc", "onelxc", 0, "node1", stdin="<X/>").ok().out
-
-    assert execute(command).ok().out == ""
-    said = wait_until(probe, "the result is told", timeout_s=30)
-    numbers = dict(re.findall(r'(\w+)="([^"]*)"', said))
-    assert said.startswith(f'VM = [ ID="{one.vm_id}", PID="')
-    assert (numbers["STATUS"], numbers["RETURN_CODE"]) == ("DONE", "3")
-    assert [base64.b64decode(numbers[name]) for name in ("STDOUT", "STDERR")] == [b"said\nread", b"wrong\n"]
-    assert probe() == ""
-
-    execute("'sleep 1000'").ok()
-    outcome = execute("true")
-    assert outcome.code == 1
+    execute(one, "sleep 1000").ok()
+    outcome = execute(one, "true")
+    assert (outcome.code, outcome.out) == (1, "")
     assert outcome.message == f"Cannot execute in {one.name}: a command is still being executed there"
     assert one.driver("exec_cancel", one.vm_id, "node1", stdin=one.action_xml(lcm_state=17)).ok().out == ""
     assert one.inside("ps | grep -c '[s]leep 1000'", check=False) == "0\n"
-    assert probe() == ""
+    assert one.driver.probe("onelxc-probes.d/vm/execution/onelxc", "onelxc", 0, "node1", stdin="<X/>").ok().out == ""
+
+
+AWKWARD = """printf '%s|' "it's" '$HOME `id`' "$HOME" \\\\ 'zwölf ✓' &&
+echo "last's" line"""
+
+
+@pytest.mark.generation(MONITORD)
+def test_every_quote_and_line_of_a_command_arrives(vm: Callable[..., Vm]) -> None:
+    """By exec_by_ssh of the front-end, which one_vmm_exec.rb runs in a shell of its own, with the XML in base64."""
+    one = vm().deployed().booted()
+    front_end = f"{installation.FRONT_ENDS}/{MONITORD}/var"
+    Path(f"{front_end}/config").write_text(f"SCRIPTS_REMOTE_DIR={REMOTES}\n")
+    ssh = Path(one.path("ssh"))
+    ssh.write_text('#!/bin/sh\nshift\nexec bash -c "$*"\n')  # the host is this machine
+    ssh.chmod(0o755)
+    one.template["QEMU_GA_EXEC"] = {"COMMAND": AWKWARD, "STDIN": ""}
+    command = f"{front_end}/remotes/vmm/onelxc/exec_by_ssh {one.vm_id} node1 {shellwords(AWKWARD)} "
+    done = subprocess.run(
+        ["runuser", "-u", "oneadmin", "--", "env", f"PATH={one.directory}:{PATH}", "sh", "-c", command],
+        input=base64.b64encode(one.action_xml(lcm_state=17).encode()), capture_output=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    told = executed(one)
+    assert (told["RETURN_CODE"], told["STDERR"]) == ("0", "")
+    assert told["STDOUT"] == "it's|$HOME `id`|/root|\\|zwölf ✓|last's line\n"

@@ -92,6 +92,7 @@ def test_kept_through_restarts_of_the_container_and_of_libvirtd(one: Vm) -> None
 def test_below_what_it_uses_is_refused_in_words(one: Vm) -> None:
     resize(one, MEMORY="200")
     # by exec, since the command has to be in the container's control groups
+    one.template["QEMU_GA_EXEC"] = {"COMMAND": "tail -c 100m /dev/zero"}
     one.driver("exec", one.vm_id, "node1", "'tail -c 100m /dev/zero'", "''", stdin=one.action_xml()).ok()
     wait_until(lambda: cgroup.memory_kib(groups(one)) > 80 * 1024, "it uses memory")
     one.template["MEMORY"] = "64"

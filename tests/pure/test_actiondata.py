@@ -8,7 +8,7 @@ from onelxc import actiondata, request
 from onelxc.actiondata import Saving
 from onelxc.config import Generation
 from onelxc.errors import NotSupportedError, TemplateError
-from onelxc.request import Exec, Request
+from onelxc.request import Request
 from onelxc.template import Policy
 from tests.support import captures
 
@@ -96,16 +96,24 @@ def test_snapshot_names_that_are_not_ours(name: str) -> None:
 
 
 def test_command() -> None:
-    assert actiondata.command_of(request_of("7.4.0/exec/exec")) == Exec("echo hello", b"")
+    assert actiondata.command_of(request_of("7.4.0/exec/exec")) == ("echo hello", "")
 
 
-def test_command_in_the_xml_goes_before_the_arguments() -> None:
-    xml = (
-        b"<VMM_DRIVER_ACTION_DATA><VM><TEMPLATE><QEMU_GA_EXEC><COMMAND><![CDATA[echo 'a b']]></COMMAND>"
-        b"<STDIN>aGk=</STDIN></QEMU_GA_EXEC></TEMPLATE></VM></VMM_DRIVER_ACTION_DATA>"
-    )
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        ("<COMMAND><![CDATA[echo 'a  b'\ntrue]]></COMMAND><STDIN>aGk=</STDIN>", ("echo 'a  b'\ntrue", "aGk=")),
+        ("<STDIN>aGk=</STDIN>", None),
+    ],
+)
+def test_command_is_what_the_xml_says(inside: str, expected: tuple[str, str] | None) -> None:
+    xml = f"<VM><TEMPLATE><QEMU_GA_EXEC>{inside}</QEMU_GA_EXEC></TEMPLATE></VM>".encode()
     got = request.parse("exec", ["exec", "2", "h", "echo a b"], Generation.MONITORD, lambda: xml)
-    assert actiondata.command_of(got) == Exec("echo 'a b'", b"hi")
+    if expected:
+        assert actiondata.command_of(got) == expected
+        return
+    with pytest.raises(TemplateError, match="Cannot exec in VM 2: its XML has no QEMU_GA_EXEC/COMMAND"):
+        actiondata.command_of(got)
 
 
 def test_context_path() -> None:
