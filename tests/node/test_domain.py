@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onelxc import cgroup, containers
-from tests.node.test_nics import failure, privileged_allowed
-from tests.support import machine
+from tests.node.test_nics import failure
+from tests.support import hostconf, machine
 from tests.support.vms import MONITORD, Vm
 
 pytestmark = pytest.mark.generation(MONITORD)
@@ -132,7 +132,7 @@ def test_root_that_is_read_only(vm: NewVm) -> None:
 
 def test_capabilities_of_a_privileged_container(vm: NewVm) -> None:
     """Its root is the host's: what would let it out is dropped, beyond libvirt's own choice."""
-    with privileged_allowed():
+    with hostconf.with_line('PRIVILEGED = "yes"'):
         one = vm(user_template={"LXC_UNPRIVILEGED": "no"}).deployed().booted()
         pid = machine.init_pid(one.name)
         with open(f"/proc/{pid}/status") as status:

@@ -20,7 +20,7 @@ from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.root import execution
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
-from tests.support import installation
+from tests.support import hostconf, installation
 from tests.support.plain_container import Container, eventually
 from tests.support.stream import PATH, Outcome
 from tests.support.vms import MONITORD, REMOTES, Vm
@@ -331,7 +331,9 @@ echo "last's" line"""
 @pytest.mark.generation(MONITORD)
 def test_every_quote_and_line_of_a_command_arrives(vm: Callable[..., Vm]) -> None:
     """By exec_by_ssh of the front-end, which one_vmm_exec.rb runs in a shell of its own, with the XML in base64."""
-    one = vm().deployed().booted()
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        one = vm(user_template={"LXC_UNPRIVILEGED": "no"}).deployed().booted()
+    assert one.privileged
     front_end = f"{installation.FRONT_ENDS}/{MONITORD}/var"
     Path(f"{front_end}/config").write_text(f"SCRIPTS_REMOTE_DIR={REMOTES}\n")
     ssh = Path(one.path("ssh"))

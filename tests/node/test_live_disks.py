@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from onelxc import __version__
 from onelxc.root import loops
-from tests.support import hostconf, images, machine
+from tests.support import images, machine
 from tests.support.frontends import MONITORD
 from tests.support.stream import Outcome
 from tests.support.vms import Vm
@@ -26,11 +26,9 @@ NewVm = Callable[..., Vm]
 ATTACH = {"ATTACH": "YES"}
 
 
-@pytest.fixture(params=["unprivileged", "privileged"])
-def one(vm: NewVm, request: pytest.FixtureRequest) -> Iterator[Vm]:
-    user = {"LXC_UNPRIVILEGED": "no"} if request.param == "privileged" else {}
-    with hostconf.with_line('PRIVILEGED = "yes"'):
-        yield vm(images.busybox_ext4(), user_template=user).deployed().booted()
+@pytest.fixture
+def one(vm: NewVm, form: dict[str, str]) -> Vm:
+    return vm(images.busybox_ext4(), user_template=form).deployed().booted()
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def read_only(one: Vm, image: str) -> None:
     attach(one, image, READONLY="YES").ok()
     outcome = one.inside("echo x > /media/one-disk.1/file; echo $?; mount -o remount,rw /media/one-disk.1; echo $?")
     assert outcome.split()[0] != "0"
-    if "unprivileged" in os.environ.get("PYTEST_CURRENT_TEST", ""):
+    if not one.privileged:
         assert outcome.split()[1] != "0"
     detach(one, 1).ok()
 

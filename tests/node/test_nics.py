@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -20,29 +19,23 @@ from onelxc.model import Nic
 from onelxc.report import Report
 from onelxc.root import nics
 from onelxc.root.links import Namespace
-from tests.support import machine
+from tests.support import hostconf, machine
 from tests.support.frontends import REPOSITORY
 from tests.support.stream import Outcome
 from tests.support.vms import MONITORD, PULL, Vm
 from tests.support.waiting import wait_until
 
 NewVm = Callable[..., Vm]
-HOST_CONF = "/etc/onelxc/host.conf"
 
 pytestmark = pytest.mark.generation(MONITORD)
 
 
-@pytest.fixture(params=["unprivileged", "privileged"])
-def running(request: pytest.FixtureRequest, vm: NewVm, bridge: str) -> Iterator[Vm]:
+@pytest.fixture
+def running(vm: NewVm, form: dict[str, str], bridge: str) -> Vm:
     """A VM with one NIC, 10.77.0.10, in both forms."""
-    with privileged_allowed():
-        unprivileged = "no" if request.param == "privileged" else "yes"
-        one = vm(user_template={"LXC_UNPRIVILEGED": unprivileged})
-        one.add_nic(bridge, IP="10.77.0.10")
-        one.deployed().booted()
-        root = machine.command("cat", f"/proc/{machine.init_pid(one.name)}/uid_map").split()[1]
-        assert (root == "0") is (request.param == "privileged")
-        yield one
+    one = vm(user_template=form)
+    one.add_nic(bridge, IP="10.77.0.10")
+    return one.deployed().booted()
 
 
 @pytest.fixture
@@ -51,25 +44,6 @@ def plain(vm: NewVm, bridge: str) -> Vm:
     one = vm()
     one.add_nic(bridge, IP="10.77.0.10")
     return one.deployed().booted()
-
-
-@contextlib.contextmanager
-def privileged_allowed() -> Iterator[None]:
-    before = None
-    if os.path.exists(HOST_CONF):
-        with open(HOST_CONF) as file:
-            before = file.read()
-    os.makedirs(os.path.dirname(HOST_CONF), exist_ok=True)
-    with open(HOST_CONF, "a") as file:
-        file.write('\nPRIVILEGED = "yes"\n')
-    try:
-        yield
-    finally:
-        if before is None:
-            os.unlink(HOST_CONF)
-        else:
-            with open(HOST_CONF, "w") as file:
-                file.write(before)
 
 
 def attach(one: Vm, bridge: str, **attributes: Any) -> Outcome:
@@ -110,7 +84,7 @@ def seconds_to_send(one: Vm, size: int, *, port: int, outward: bool) -> float:
         pid = machine.init_pid(one.name)
         # the host's own nsenter into the network alone would do as well: what counts is the way of the packets
         argv = ["nsenter", "-t", str(pid), "-a", "-S0", "-G0", "/bin/sh", "-c", shell]
-        if machine.command("cat", f"/proc/{pid}/uid_map").split()[1] == "0":
+        if one.privileged:
             argv = ["nsenter", "-t", str(pid), "-m", "-u", "-i", "-n", "-p", "/bin/sh", "-c", shell]
         client = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         try:
@@ -362,7 +336,7 @@ def card() -> Iterator[str]:
 
 def test_a_pci_interface_moves_into_the_container(vm: NewVm, card: str) -> None:
     pci = {"PCI_ID": 0, "NIC_ID": 1, "TYPE": "NIC", "ADDRESS": "0000:81:00:1", "IP": "10.99.0.2"}
-    with privileged_allowed():
+    with hostconf.with_line('PRIVILEGED = "yes"'):
         # the kernel lets no user namespace mount a /sys of which it hides a part here
         one = vm(template={"PCI": pci}, user_template={"LXC_UNPRIVILEGED": "no"}).deployed().booted()
         assert card not in host_links()

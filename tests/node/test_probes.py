@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.support import machine
+from tests.support import hostconf, machine
 from tests.support.vms import HOST, MONITORD, PULL, Driver, Vm
 from tests.support.waiting import wait_until
 
@@ -202,9 +202,12 @@ def test_every_probe_of_the_bundle_answers(driver: Driver) -> None:
 
 @BOTH
 def test_poll(driver: Driver, vm, bridge: str) -> None:  # type: ignore[no-untyped-def]
-    one = vm()
-    one.add_nic(bridge)
-    one.deployed().booted()
+    form = {} if driver.pull else {"LXC_UNPRIVILEGED": "no"}
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        one = vm(user_template=form)
+        one.add_nic(bridge)
+        one.deployed().booted()
+    assert one.privileged == (form != {})
     answer = poll(one)
     assert set(answer) == {"STATE", "USEDCPU", "USEDMEMORY", "NETRX", "NETTX"}
     assert answer["STATE"] == "a" and 0 < int(answer["USEDMEMORY"]) < 65536

@@ -39,7 +39,17 @@ def iso(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def one(vm: NewVm, iso: Callable[..., str]) -> Vm:
-    made = vm(template={"CONTEXT": {"DISK_ID": "1", "TARGET": "sdb", "NAME": "first"}})
+    return with_context(vm, iso, {})
+
+
+@pytest.fixture
+def either(vm: NewVm, iso: Callable[..., str], form: dict[str, str]) -> Vm:
+    """As `one`, in both forms."""
+    return with_context(vm, iso, form)
+
+
+def with_context(vm: NewVm, iso: Callable[..., str], form: dict[str, str]) -> Vm:
+    made = vm(template={"CONTEXT": {"DISK_ID": "1", "TARGET": "sdb", "NAME": "first"}}, user_template=form)
     made.give(iso(made.path("disk.1"), context_sh="NAME='first'\n", start_sh="#!/bin/sh\n", old="only in the first\n"))
     return made.deployed().booted()
 
@@ -51,7 +61,8 @@ def reconfigure(one: Vm) -> None:
         assert (outcome.out, outcome.err) == ("", "")
 
 
-def test_the_new_files_are_there_at_once_and_after_a_reboot(one: Vm, iso: Callable[..., str]) -> None:
+def test_the_new_files_are_there_at_once_and_after_a_reboot(either: Vm, iso: Callable[..., str]) -> None:
+    one = either
     assert one.inside("cat /context/context.sh") == "NAME='first'\n"
     one.give(iso(one.path("disk.1"), context_sh="NAME='second'\n", start_sh="#!/bin/sh\n", new="n" * 300000))
     reconfigure(one)

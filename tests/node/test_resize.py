@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,23 +17,12 @@ pytestmark = pytest.mark.generation(MONITORD)
 
 NewVm = Callable[..., Vm]
 LIBVIRTD = os.path.join(REPOSITORY, "tests/bin/libvirtd")
-HOST_CONF = "/etc/onelxc/host.conf"
 
 
-@pytest.fixture(params=["unprivileged", "privileged"])
-def one(request: pytest.FixtureRequest, driver: object, vm: NewVm) -> Iterator[Vm]:
+@pytest.fixture
+def one(vm: NewVm, form: dict[str, str]) -> Vm:
     """A running container of 64 MB and one core, in both forms."""
-    with open(HOST_CONF) as file:
-        before = file.read()
-    with open(HOST_CONF, "a") as file:
-        file.write('\nPRIVILEGED = "yes"\n')
-    privileged = request.param == "privileged"
-    made = vm(user_template={"LXC_UNPRIVILEGED": "no"} if privileged else {}).deployed().booted()
-    with open(f"/proc/{machine.init_pid(made.name)}/uid_map") as file:
-        assert (file.read().split()[1] == "0") == privileged
-    yield made
-    with open(HOST_CONF, "w") as file:
-        file.write(before)
+    return vm(user_template=form).deployed().booted()
 
 
 def groups(one: Vm) -> cgroup.Groups:

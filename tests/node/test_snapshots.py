@@ -11,7 +11,7 @@ import pytest
 
 from onelxc import rootclient
 from onelxc.root import lock
-from tests.support import hostconf, images, machine
+from tests.support import images, machine
 from tests.support.stream import Outcome
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
@@ -31,13 +31,12 @@ def one(vm: NewVm) -> Vm:
     return made.deployed().booted()
 
 
-@pytest.fixture(params=["unprivileged", "privileged"])
-def either(request: pytest.FixtureRequest, vm: NewVm) -> Iterator[Vm]:
+@pytest.fixture
+def either(vm: NewVm, form: dict[str, str]) -> Vm:
     """As `one`, in both forms."""
-    with hostconf.with_line('PRIVILEGED = "yes"'):
-        made = vm(user_template={"LXC_UNPRIVILEGED": "yes" if request.param == "unprivileged" else "no"})
-        made.add_disk(images.busybox_ext4(), TARGET="/srv/data")
-        yield made.deployed().booted()
+    made = vm(user_template=form)
+    made.add_disk(images.busybox_ext4(), TARGET="/srv/data")
+    return made.deployed().booted()
 
 
 def snapshot(one: Vm, action: str, name: object) -> Outcome:
@@ -85,6 +84,8 @@ def test_all_disks_are_of_one_moment_and_it_goes_back_to_it_again_and_again(eith
         assert first - second in (0, 1), "the second disk is of another moment than the first"
         one.inside("echo lost > /root/lost")
     assert one.inside("ls /root/lost") == "/root/lost\n"
+    assert snapshot(one, "snapshot_delete", "snap-0") == Outcome("", "", 0)
+    assert not kept.exists()
 
 
 def test_several_and_each_can_be_forgotten(one: Vm) -> None:
@@ -166,6 +167,10 @@ def test_an_unknown_one_leaves_the_container_alone(one: Vm) -> None:
         f"Cannot find snapshot snap-7 of VM {one.vm_id}: {one.path('snap-7')}: No such file or directory"
     )
     assert machine.init_pid(one.name) == first
+    for action in ("snapshot_create", "snapshot_revert", "snapshot_delete"):
+        outcome = snapshot(one, action, "../7")
+        assert outcome.message == f"Cannot {action} VM {one.vm_id}: not a snapshot of ours: '../7'"
+        assert (outcome.code, outcome.out) == (1, "")
 
 
 @pytest.mark.parametrize("trick", ["link", "another's file", "hard link"])

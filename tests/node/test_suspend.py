@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from onelxc import rootclient
-from tests.support import hostconf, machine
+from tests.support import machine
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
 
@@ -20,23 +20,21 @@ LIBVIRTD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 
 @pytest.fixture
-def one(vm: NewVm) -> Iterator[Vm]:
-    """A container that counts, several times a second, in a file."""
-    made = vm().deployed().booted()
-    made.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
-    wait_until(lambda: ticks(made) > 1, "it counts")
-    yield made
+def one(vm: NewVm) -> Vm:
+    return counting(vm().deployed().booted())
 
 
-@pytest.fixture(params=["unprivileged", "privileged"])
-def either(request: pytest.FixtureRequest, vm: NewVm) -> Iterator[Vm]:
+@pytest.fixture
+def either(vm: NewVm, form: dict[str, str]) -> Vm:
     """As `one`, in both forms."""
-    with hostconf.with_line('PRIVILEGED = "yes"'):
-        unprivileged = "yes" if request.param == "unprivileged" else "no"
-        made = vm(user_template={"LXC_UNPRIVILEGED": unprivileged}).deployed().booted()
-        made.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
-        wait_until(lambda: ticks(made) > 1, "it counts")
-        yield made
+    return counting(vm(user_template=form).deployed().booted())
+
+
+def counting(one: Vm) -> Vm:
+    """It counts, several times a second, in a file."""
+    one.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
+    wait_until(lambda: ticks(one) > 1, "it counts")
+    return one
 
 
 def ticks(one: Vm) -> int:

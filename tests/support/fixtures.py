@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import images, installation, leaks, machine
+from tests.support import hostconf, images, installation, leaks, machine
 from tests.support.frontends import PULL
 from tests.support.vms import Driver, Vm
 
@@ -75,6 +75,13 @@ def vm(driver: Driver, clean: None) -> Iterator[Callable[..., Vm]]:
         one.end()
 
 
+@pytest.fixture(params=["unprivileged", "privileged"])
+def form(request: pytest.FixtureRequest, installed: None) -> Iterator[dict[str, str]]:
+    """Both forms of a container, as the `user_template` of a VM; the host allows both meanwhile."""
+    with hostconf.with_line('PRIVILEGED = "yes"'):
+        yield {"LXC_UNPRIVILEGED": "no"} if request.param == "privileged" else {}
+
+
 @pytest.fixture(scope="session")
 def bridge() -> Iterator[str]:
     """A Linux bridge of this machine, 10.77.0.1/24."""
@@ -85,4 +92,4 @@ def bridge() -> Iterator[str]:
     machine.command("ip", "link", "delete", BRIDGE)
 
 
-__all__ = ["bridge", "clean", "driver", "installed", "vm"]
+__all__ = ["bridge", "clean", "driver", "form", "installed", "vm"]

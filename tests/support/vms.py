@@ -179,6 +179,12 @@ class Vm:
         return machine.inside(self.name, shell, timeout_s=timeout_s, check=check, uid=uid)
 
     @property
+    def privileged(self) -> bool:
+        """Whether root of the container is root of the host."""
+        with open(f"/proc/{machine.init_pid(self.name)}/uid_map") as file:
+            return file.read().split()[1] == "0"
+
+    @property
     def running(self) -> bool:
         return machine.domains().get(self.name) == 1
 
