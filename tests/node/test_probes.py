@@ -146,15 +146,28 @@ def test_numbers_of_a_deployed_vm(driver: Driver, vm) -> None:  # type: ignore[n
     one.deployed().booted()
     before = monitored(driver, one.vm_id)
     one.inside("mkdir -p /etc; printf 'ID=testos\\nVERSION_ID=\"7 $(x)\"\\n' > /etc/os-release")
-    one.inside("dd if=/dev/zero of=/file bs=1M count=5 conv=fsync 2>/dev/null")
+    one.inside("dd if=/dev/zero of=/file bs=1M count=5 conv=fsync; dd if=/file of=/dev/null bs=1M iflag=direct")
+    # as tm/snap_create leaves one, of which 1 MB is taken
+    snapshot = one.path("disk.0.snap/1")
+    os.mkdir(os.path.dirname(snapshot))
+    machine.command("chown", "oneadmin", os.path.dirname(snapshot))
+    with open(snapshot, "wb") as file:
+        file.write(bytes(1 << 20))
+        file.truncate(8 << 20)
     os.unlink("/var/tmp/one_db/onelxc-vm-facts")  # as after ten minutes
     after = monitored(driver, one.vm_id)
     assert int(before["DISKWRBYTES"]) <= os.stat(one.path("disk.0")).st_size, "what the device held before counts"
     assert int(after["DISKWRBYTES"]) - int(before["DISKWRBYTES"]) >= 5 << 20
     assert int(after["DISKWRIOPS"]) > int(before["DISKWRIOPS"])
+    assert int(after["DISKRDBYTES"]) - int(before["DISKRDBYTES"]) >= 5 << 20
+    assert int(after["DISKRDIOPS"]) > int(before["DISKRDIOPS"])
     taken = os.stat(one.path("disk.0")).st_blocks * 512
     assert after["DISK_SIZE"] == f"[ ID=0, SIZE={-(-taken // (1 << 20))} ]"
     assert (after["OS_ID"], after["OS_VERSION"]) == ("testos", "7 (x)")
+    sizes = b"SNAPSHOT_SIZE = [ ID=1, DISK_ID=0, SIZE=1 ]\n"
+    encoded = base64.b64encode(sizes).decode()
+    assert probe(driver, "vm/snapshot") == f'VM = [ ID="{one.vm_id}", DEPLOY_ID="{one.name}", MONITOR="{encoded}" ]\n'
+    assert probe(driver, "host/beacon").strip().isdigit()
 
 
 @MODERN
