@@ -80,6 +80,8 @@ class HostConfig:
     """The host's policy. The ids of a VM are ID_BASE + (vm id % ID_COUNT) * 65536 and the 65535 after it."""
 
     datastores: tuple[str, ...] = ("/var/lib/one",)
+    block_devices: tuple[str, ...] = ("/dev/vg-one-*/lv-one-*",)
+    """Patterns of paths below /dev that a disk may be a link to; `*` stands for no `/`."""
     id_base: int = 1879048192
     id_count: int = 32768
     privileged: bool = False
@@ -148,10 +150,11 @@ def host(path: str = HOST_CONF) -> HostConfig:
     """The host's policy."""
     file = _File.read(path)
     file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW", "IMPORT_TIMEOUT", "FSCK_TIMEOUT")
-    file.allow("EXEC_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB")
+    file.allow("EXEC_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
     standard = HostConfig()
     found = HostConfig(
         datastores=file.paths("DATASTORES", standard.datastores),
+        block_devices=file.paths("BLOCK_DEVICES", standard.block_devices),
         id_base=file.whole("ID_BASE", standard.id_base),
         id_count=file.whole("ID_COUNT", standard.id_count),
         privileged=file.yes("PRIVILEGED", standard.privileged),
@@ -163,6 +166,9 @@ def host(path: str = HOST_CONF) -> HostConfig:
         cache_max_mb=file.whole_key("CACHE", "SIZE", standard.cache_max_mb),
         console_log_kib=file.whole("CONSOLE_LOG_KIB", standard.console_log_kib),
     )
+    for pattern in found.block_devices:
+        if not pattern.startswith("/dev/"):
+            raise ConfigurationError(f"Cannot use {path}: BLOCK_DEVICES has a path that is not below /dev: {pattern!r}")
     if found.id_base < 65536 or found.id_count < 1 or found.id_base + found.id_count * 65536 >= 2**32:
         raise ConfigurationError(f"Cannot use {path}: ID_BASE and ID_COUNT do not fit between 65536 and 4294967294")
     return found

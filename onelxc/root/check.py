@@ -143,6 +143,8 @@ def devices() -> Iterator[Problem]:
     ):
         if not os.path.exists(device) and not _has_module(module):
             yield Problem(True, f"no {device} and no module {module}: {use}")
+    if not _has_module("nbd"):
+        yield Problem(False, "no module nbd: qcow2 disks go through FUSE, which is slower")
     known = _read("/proc/filesystems").split()
     if "ext4" not in known and not _has_module("ext4"):
         yield Problem(True, "this kernel cannot mount ext4, which imported images are")

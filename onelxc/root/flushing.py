@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from onelxc.errors import StorageError
 from onelxc.model import VmPaths
-from onelxc.root import mounts, syscalls
+from onelxc.root import mounts, nbd, syscalls
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
 
@@ -43,6 +43,7 @@ def flush_all(paths: VmPaths) -> None:
     """Write all the VM's file systems out to their images, and these out to the disk."""
     for point in reversed(mounts.mounted_below(paths.mounts)):
         flush(point)
+    _flush_devices(paths)
 
 
 def freeze(paths: VmPaths) -> None:
@@ -58,6 +59,13 @@ def freeze(paths: VmPaths) -> None:
                 # busy: frozen already; the others: a file system that nobody can write, as the context
                 if error.errno not in (errno.EBUSY, errno.EOPNOTSUPP, errno.EROFS, errno.EINVAL):
                     raise StorageError(f"Cannot hold the file system at {point} still: {error.strerror}") from error
+    _flush_devices(paths)
+
+
+def _flush_devices(paths: VmPaths) -> None:
+    """A daemon keeps back what an image's format needs to be understood, until it is asked to flush."""
+    for device in nbd.devices_below(paths.mounts):
+        flush(device)
 
 
 def thaw(paths: VmPaths) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from onelxc import model
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk
-from onelxc.root import filesystems, inside, loops, mounts, qcow2, record, validate
+from onelxc.root import filesystems, inside, loops, mounts, rawview, record, snapshots, validate
 from onelxc.root.work import Work
 
 _MIB = 1 << 20
@@ -54,24 +54,47 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
     with validate.find(disk.path, work.config) as image:
         if not stat.S_ISREG(image.status.st_mode):
             return before  # a volume, which its transfer manager has enlarged
-        shown = qcow2.place_of(work, image)
-        fd = os.open(shown, os.O_RDWR | os.O_CLOEXEC) if os.path.exists(shown) else image.open(os.O_RDWR)
-    try:
-        status = os.fstat(fd)
-        if loops.backing_identity(device) != (status.st_dev, status.st_ino):
-            raise StorageError(f"Cannot resize disk {disk.disk_id}: {disk.path} is not what is mounted")
-        if status.st_size < size_mb * _MIB:
-            os.ftruncate(fd, size_mb * _MIB)
-    except OSError as error:
-        raise StorageError(f"Cannot enlarge {disk.path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
-    loops.refresh(device)
+        shown = rawview.device_of(work, image.status)
+        if shown is not None:
+            _enlarge_shown(work, disk, device, shown, size_mb * _MIB)
+        else:
+            place = rawview.place_of(work, image.status)
+            fd = os.open(place, os.O_RDWR | os.O_CLOEXEC) if os.path.exists(place) else image.open(os.O_RDWR)
+            try:
+                _enlarge_file(disk, device, fd, size_mb * _MIB)
+            finally:
+                os.close(fd)
+    if device != shown:
+        loops.refresh(device)
     if mounts.device_bytes(device) < size_mb * _MIB:
         raise NotSupportedError(
             f"Cannot resize disk {disk.disk_id} while it is mounted: it is partitioned; the image has the new size"
         )
     return before
+
+
+def _enlarge_file(disk: Disk, device: str, fd: int, size: int) -> None:
+    try:
+        status = os.fstat(fd)
+        _must_be(disk, loops.backing_identity(device) == (status.st_dev, status.st_ino))
+        if status.st_size < size:
+            os.ftruncate(fd, size)
+    except OSError as error:
+        raise StorageError(f"Cannot enlarge {disk.path}: {error.strerror}") from error
+
+
+def _enlarge_shown(work: Work, disk: Disk, device: str, shown: str, size: int) -> None:
+    """An image that nbd device `shown` shows. `device`, which is mounted, is that, or a loop over a part of it."""
+    status = os.stat(shown)
+    _must_be(disk, device == shown or loops.backing_identity(device) == (status.st_dev, status.st_ino))
+    if mounts.device_bytes(shown) < size:
+        with snapshots.standing_still(work):
+            rawview.enlarge(work, shown, size)
+
+
+def _must_be(disk: Disk, mounted: bool) -> None:
+    if not mounted:
+        raise StorageError(f"Cannot resize disk {disk.disk_id}: {disk.path} is not what is mounted")
 
 
 def _grow(disk_id: int, device: str, point: str) -> None:

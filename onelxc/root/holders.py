@@ -1,7 +1,7 @@
 """Who holds a mount or a loop device? For errors that name processes, and for mounts that live on in other namespaces.
 
-Only looks at /proc and /sys, except `unmount_elsewhere`, which removes copies of *our own* mounts, at our own places,
-from the namespaces of other containers' controllers.
+Only looks at /proc and /sys, except `unmount_elsewhere` and `wait_until_free`, which remove copies of *our own* mounts,
+at our own places, from the namespaces of other containers' controllers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
+from onelxc.errors import StorageError
 from onelxc.model import STATE, VmPaths
 from onelxc.root import loops, mounts, orphans, syscalls
+from onelxc.root.work import Work
+
+FREE_S = 10.0
 
 
 def loop_image(device: str) -> tuple[int, int] | None:
@@ -42,6 +47,39 @@ def mounted_devices(directory: str) -> tuple[tuple[str, str], ...]:
     prefix = directory.rstrip("/") + "/"
     table = _table("/proc/self/mountinfo")
     return tuple((source, point) for _, point, source in table if point.startswith(prefix) and source[:5] == "/dev/")
+
+
+def is_free(device: str) -> bool:
+    """Whether nothing is mounted from a block device or a part of it, nor anything made of it. Gone is free."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+    status = os.stat(device)
+    return not loops_over({(status.st_dev, status.st_ino)})
+
+
+def wait_until_free(work: Work, images: set[tuple[int, int]], devices: Sequence[str]) -> None:
+    """Return when no loop device holds one of these images any more, and nothing one of these block devices.
+
+    Loop devices clear themselves with their last mount. Where mounts are private (hosts without systemd), every
+    container started since ours keeps a copy of our mounts in its controller's namespace: those are unmounted there.
+    """
+    deadline = time.monotonic() + FREE_S
+    for attempt in range(10**6):
+        held = [*(loops_over(images) if images else ()), *(one for one in devices if not is_free(one))]
+        if not held:
+            return
+        if attempt in (2, 20, 100):
+            for device in held:
+                unmount_elsewhere(device, work.paths.mounts + "/")
+        if time.monotonic() > deadline:
+            users = sorted({user for device in held for user in mounters_of(device)})
+            raise StorageError(
+                f"Cannot free {', '.join(held)} (images of VM {work.vm_id}):"
+                f" in use by {', '.join(users) or 'the kernel'}"
+            )
+        time.sleep(0.005 if attempt < 20 else 0.05)
 
 
 def is_lost(device: str) -> bool:

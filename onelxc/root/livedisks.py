@@ -120,11 +120,11 @@ def _wait_executed(vm_id: int) -> int:
 
 def _give_back(work: Work, disk: Disk | None, source: str) -> None:
     """The host's mount and the loop device, by the journal's entries for them."""
-    image = None
+    image, real = None, ""
     if disk is not None:
         try:
             with validate.find(disk.path, work.config) as found:
-                image = (found.status.st_dev, found.status.st_ino)
+                image, real = (found.status.st_dev, found.status.st_ino), found.real
         except StorageError:
             pass  # the file has gone already; the mount and its device have not
     for entry in work.journal.held():
@@ -132,7 +132,8 @@ def _give_back(work: Work, disk: Disk | None, source: str) -> None:
         file = entry.kind in ("loop", "qcow2") and image == (entry.what.get("dev"), entry.what.get("ino"))
         ceph = entry.kind == "rbd" and disk is not None and disk.path == f"rbd:{entry.what.get('image')}"
         shown = entry.kind == "shown" and entry.what.get("source") == source
-        if mine or file or ceph or shown:
+        volume = entry.kind == "volume" and entry.what.get("path") == real
+        if mine or file or volume or ceph or shown:
             release.give_back(work, entry)
 
 

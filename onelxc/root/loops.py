@@ -13,8 +13,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from onelxc import names
 from onelxc.errors import StorageError
+from onelxc.root import iocounters
 
 _LOOP_CONFIGURE, _LOOP_SET_CAPACITY, _LOOP_CTL_GET_FREE, _LOOP_CLR_FD = 0x4C0A, 0x4C07, 0x4C82, 0x4C01
 _LOOP_SET_DIRECT_IO = 0x4C08
@@ -102,7 +102,7 @@ def attach(image_fd: int, *, read_only: bool = False, offset: int = 0, size: int
             raise StorageError(f"Cannot open {path}: {error.strerror}") from error
         try:
             fcntl.ioctl(device, _LOOP_CONFIGURE, bytes(config))
-            _note_counters(number)
+            iocounters.note(path)
             return Loop(path, device)
         except OSError as error:
             os.close(device)
@@ -110,22 +110,6 @@ def attach(image_fd: int, *, read_only: bool = False, offset: int = 0, size: int
                 raise StorageError(f"Cannot attach a loop device: {error.strerror}") from error
             time.sleep(0.01)
     raise StorageError(f"Cannot attach a loop device: {cause}")
-
-
-def _note_counters(number: int) -> None:
-    """Write down where the device's statistics begin: the kernel goes on counting from whatever it held before."""
-    device = f"7:{number}"
-    path = os.path.join(names.IO_COUNTERS, device)
-    try:
-        with open(f"/sys/dev/block/{device}/stat", encoding="ascii") as file:
-            counted = file.read()
-        os.makedirs(names.RUN, 0o711, exist_ok=True)
-        os.makedirs(names.IO_COUNTERS, 0o755, exist_ok=True)
-        with open(f"{path}.new", "w", encoding="ascii") as file:
-            file.write(counted)
-        os.replace(f"{path}.new", path)
-    except OSError:
-        return  # figures only: no disk is refused for them
 
 
 def _free_number() -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onelxc.errors import StorageError
-from onelxc.root import filesystems, idmap, loops, partitions, shift, syscalls
+from onelxc.root import filesystems, idmap, loops, nbd, partitions, shift, syscalls
 
 Log = Callable[[str], None]
 _MIB = 1 << 20
@@ -52,29 +52,32 @@ def open_image(
     read_only: bool = False,
     root: bool = False,
     size_mb: int | None = None,
+    enlarge: Callable[[str, int], None] | None = None,
     fsck_limit_s: float = filesystems.FSCK_LIMIT_S,
 ) -> Detached:
     """Mount the image behind `fd` (a regular file, or a block device), checked and grown first.
 
     `fd` is opened for writing unless `read_only`; `name` is what messages and losetup call it. `size_mb` is DISK/SIZE:
-    a smaller image file is enlarged to it. `root` is the disk with the root file system, which may hold device nodes.
+    a smaller image is enlarged to it, by `enlarge` (device, bytes) if nbd shows it. `root` is the disk with the root
+    file system, which may hold device nodes.
     """
     status = os.fstat(fd)
-    part = None
+    path = f"/proc/self/fd/{fd}"
     if stat.S_ISBLK(status.st_mode):
-        device = os.path.realpath(f"/proc/self/fd/{fd}")
-        part = _partition(device, fd, name, log, root)
-        if part is None:
-            return _open_device(device, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
+        path = os.path.realpath(path)
     elif not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a file"
         raise StorageError(f"Cannot use {name}: it is {kind}")
-    if part is None and size_mb and not read_only and size_mb * _MIB - status.st_size >= _MIB:
+    if size_mb and not read_only and size_mb * _MIB - os.lseek(fd, 0, os.SEEK_END) >= _MIB:
         # looked at before: what is no image is not ours to change
-        _refuse_unknown(filesystems.probe(f"/proc/self/fd/{fd}", pass_fds=(fd,)), name)
-        os.ftruncate(fd, size_mb * _MIB)
-    if part is None:
-        part = _partition(f"/proc/self/fd/{fd}", fd, name, log, root)
+        _refuse_unknown(filesystems.probe(path, pass_fds=(fd,)), name)
+        if stat.S_ISREG(status.st_mode):
+            os.ftruncate(fd, size_mb * _MIB)
+        elif nbd.name_of(path) and enlarge is not None:
+            enlarge(path, size_mb * _MIB)
+    part = _partition(path, fd, name, log, root)
+    if part is None and stat.S_ISBLK(status.st_mode):
+        return _open_device(path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
     offset, size = (part.offset, part.size) if part else (0, 0)
     with loops.attach(fd, read_only=read_only, name=name, offset=offset, size=size) as loop:
         if _on_a_disk(status.st_dev):

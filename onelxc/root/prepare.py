@@ -7,6 +7,7 @@ Every step is in the journal before it is taken. The answer is `model.Prepared`;
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Iterable
@@ -27,10 +28,12 @@ from onelxc.root import (
     mounts,
     nics,
     qcow2,
+    rawview,
     rbd,
     record,
     rootfs,
     validate,
+    volumes,
 )
 from onelxc.root.work import Work
 
@@ -167,6 +170,7 @@ def _open_mount(work: Work, disk: Disk, init: str | None) -> mounts.Detached:
             read_only=disk.read_only,
             root=init is not None,
             size_mb=disk.size_mb,
+            enlarge=functools.partial(rawview.enlarge, work),
             fsck_limit_s=work.config.fsck_timeout_s,
         )
     finally:
@@ -191,6 +195,8 @@ def open_image(work: Work, found: validate.Found, disk: Disk) -> int:
     status = found.status
     if stat.S_ISREG(status.st_mode):
         work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
+    if stat.S_ISBLK(status.st_mode):
+        return volumes.take(work, found, disk)
     fd = found.open(os.O_RDONLY if disk.read_only else os.O_RDWR)
     if stat.S_ISREG(status.st_mode) and qcow2.is_qcow2(fd):
         os.close(fd)

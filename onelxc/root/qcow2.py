@@ -1,31 +1,24 @@
-"""How does a qcow2 image become something to mount? As a raw file that qemu-storage-daemon shows through FUSE.
+"""Which files make up a qcow2 image? The image and those behind it, as far as the VM may have them.
 
-This needs no nbd module. The daemon is told every file of the chain by descriptor, each found in a datastore by
-`validate`, and the format of each: what an image's header says about other files opens nothing. It belongs to the VM:
-in the journal before it is started, ended when the VM's mounts are gone, which flushes the image and lets go of it.
+The daemon that shows it raw (`rawview`) is told every file of the chain by descriptor, each found in a datastore by
+`validate`, and the format of each: what an image's header says about other files opens nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import struct
-import time
 from typing import Any
 
-from onelxc import command
-from onelxc.errors import CommandError, StorageError
-from onelxc.root import mounts, orphans, validate
+from onelxc.errors import StorageError
+from onelxc.root import rawview, validate
 from onelxc.root.work import Work
 
 _MAGIC = b"QFI\xfb"
-_DAEMON = "qemu-storage-daemon"
 _LAYERS = 32
 _EXTERNAL_DATA = 1 << 2
 _BACKING_FORMAT = 0xE2792ACA
-_END_S = 60.0
 
 
 def is_qcow2(fd: int) -> bool:
@@ -33,42 +26,23 @@ def is_qcow2(fd: int) -> bool:
     return os.pread(fd, 4, 0) == _MAGIC
 
 
-def place_of(work: Work, found: validate.Found) -> str:
-    """Where the raw view of an image is shown, if it is."""
-    return os.path.join(work.paths.mounts, f"qcow2.{found.name}")
-
-
 def export(work: Work, found: validate.Found, *, source: str, read_only: bool) -> int:
-    """A descriptor of a raw view of the image `found`, a disk made from `source` (DISK/SOURCE). The VM's release ends
-    what makes it.
-    """
-    status = found.status
-    place = place_of(work, found)
+    """A descriptor of a raw view of the image `found`, a disk made from `source` (DISK/SOURCE): see `rawview.show`."""
     layers = _chain(work, found, source, read_only)
     try:
-        work.journal.take("qcow2", path=place, dev=status.st_dev, ino=status.st_ino)
-        with open(place, "wb"):
-            pass
         nodes = []
         for number in reversed(range(len(layers))):
             fd, form = layers[number]
             file = {"driver": "file", "filename": f"/proc/self/fd/{fd}", "read-only": number > 0 or read_only}
-            node: dict[str, Any] = {"driver": form, "node-name": f"n{number}", "file": file}
+            node: dict[str, Any] = {"driver": form, "node-name": _name(number), "file": file}
             node["read-only"] = number > 0 or read_only
             if form == "qcow2":
-                node["backing"] = f"n{number + 1}" if number + 1 < len(layers) else None
+                node["backing"] = _name(number + 1) if number + 1 < len(layers) else None
             if number == 0:
                 node["discard"] = "unmap"
-            nodes += ["--blockdev", json.dumps(node)]
-        shown = {"type": "fuse", "id": "disk", "node-name": "n0", "mountpoint": place, "writable": not read_only}
-        if not read_only:
-            shown["growable"] = True
-        argv = [_DAEMON, *nodes, "--export", json.dumps(shown), "--daemonize", "--pidfile", _pid_file(place)]
-        try:
-            command.run(argv, pass_fds=tuple(fd for fd, _ in layers), verb=f"open {found.path} as qcow2")
-        except CommandError as error:
-            raise StorageError(str(error)) from error
-        return os.open(place, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+            nodes.append(json.dumps(node))
+        doing = f"open {found.path} as qcow2"
+        return rawview.show(work, found.status, nodes, [fd for fd, _ in layers], read_only=read_only, doing=doing)
     except OSError as error:
         raise StorageError(f"Cannot open {found.path} as qcow2: {error.strerror}") from error
     finally:
@@ -76,8 +50,8 @@ def export(work: Work, found: validate.Found, *, source: str, read_only: bool) -
             os.close(fd)
 
 
-def _pid_file(place: str) -> str:
-    return f"{place}.pid"
+def _name(number: int) -> str:
+    return f"layer{number}" if number else rawview.TOP
 
 
 def _chain(work: Work, top: validate.Found, source: str, read_only: bool) -> list[tuple[int, str]]:
@@ -155,32 +129,3 @@ def _backing_format(fd: int, position: int, end: int) -> str:
             return os.pread(fd, length, position + 8).decode(errors="replace")
         position += 8 + (length + 7) // 8 * 8
     return ""
-
-
-def give_back(work: Work, what: dict[str, Any]) -> None:
-    """End the daemon and remove what it showed. While something is still mounted from it, that is an error."""
-    place = str(what["path"])
-    mounts.unmount(place)
-    pid = _pid(place)
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _END_S
-        while not orphans.is_dead(pid):
-            if time.monotonic() > deadline:
-                raise StorageError(f"Cannot let go of {place}: {_DAEMON} ({pid}) does not end")
-            time.sleep(0.01)
-    for path in (place, _pid_file(place)):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _pid(place: str) -> int | None:
-    """The daemon of this export, if it runs: the file's word counts only with the command line to it."""
-    try:
-        with open(_pid_file(place), encoding="ascii") as file:
-            pid = int(file.read())
-        with open(f"/proc/{pid}/cmdline", "rb") as line:
-            return pid if os.fsencode(place) in line.read() else None
-    except (OSError, ValueError):
-        return None

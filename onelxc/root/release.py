@@ -12,19 +12,30 @@ import importlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from typing import Any
 
 from onelxc import command, names, vnc
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.model import ID_RANGE, VmPaths
-from onelxc.root import cgroups, execution, flushing, holders, leaving, mounts, orphans, qcow2, rbd, record, validate
+from onelxc.root import (
+    cgroups,
+    execution,
+    flushing,
+    holders,
+    leaving,
+    mounts,
+    orphans,
+    rawview,
+    rbd,
+    record,
+    validate,
+    volumes,
+)
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
 UNMOUNT_S = 5.0
-LOOP_S = 10.0
 NET = "/sys/class/net"
 
 
@@ -50,6 +61,8 @@ def everything(work: Work) -> None:
     steps = _Steps()
     first = work.config.first_id(work.vm_id)
     steps.run(lambda: flushing.thaw(work.paths))
+    # a task that waits for a disk without a server does not die
+    steps.run(lambda: _fail_lost(work))
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
@@ -61,7 +74,7 @@ def everything(work: Work) -> None:
         if entry.kind not in _BY_THE_KERNEL:
             steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
-    wait_for_loops(work, images)
+    holders.wait_until_free(work, images, [])
     _remove_directories(work)
     work.journal.clear()
     shutil.rmtree(work.paths.state, ignore_errors=True)
@@ -92,10 +105,12 @@ def let_go_of_disks(work: Work) -> None:
     entries = work.journal.held()
     images = _images(work, entries)
     unmount_all(work)
-    wait_for_loops(work, images)
+    holders.wait_until_free(work, images, [])
     for entry in entries:
         if entry.kind in ("mount", "loop"):
             work.journal.gave_back(entry.number)
+        elif entry.kind in ("qcow2", "rbd", "volume"):
+            give_back(work, entry)
 
 
 class _Steps:
@@ -126,7 +141,7 @@ def give_back(work: Work, entry: Entry) -> None:
 
 def _give_back_mount(work: Work, what: dict[str, Any]) -> None:
     path = str(what["path"])
-    flushing.flush(path)
+    _flush(work, path)
     unmount(work, path)
     for directory in (path, os.path.dirname(path)):
         try:
@@ -136,7 +151,7 @@ def _give_back_mount(work: Work, what: dict[str, Any]) -> None:
 
 
 def _give_back_loop(work: Work, what: dict[str, Any]) -> None:
-    wait_for_loops(work, {(int(what["dev"]), int(what["ino"]))})
+    holders.wait_until_free(work, {(int(what["dev"]), int(what["ino"]))}, [])
 
 
 def _give_back_file(work: Work, what: dict[str, Any]) -> None:
@@ -176,7 +191,9 @@ def _by(module: str, function: str) -> Callable[[Work, dict[str, Any]], None]:
 GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "mount": _give_back_mount,  # path
     "loop": _give_back_loop,  # dev, ino of the image; path for people
-    "qcow2": qcow2.give_back,  # path of what is shown; dev, ino of the image
+    "qcow2": rawview.give_back,  # path of what is shown; dev, ino of the image
+    "nbd": rawview.reconnect,  # path of a qcow2 that grows
+    "volume": volumes.give_back,  # path of the device
     "rbd": rbd.give_back,  # image, options
     "shown": leaving.give_back,  # disk, source, target, id_base: what came to a running container
     "file": _give_back_file,  # path
@@ -241,9 +258,23 @@ def unmount_all(work: Work) -> None:
     """Everything below the VM's directory of mounts, deepest first, written out before."""
     steps = _Steps()
     for point in reversed(mounts.mounted_below(work.paths.mounts)):
-        steps.run(lambda: flushing.flush(point))  # noqa: B023
+        steps.run(lambda: _flush(work, point))  # noqa: B023
         steps.run(lambda: unmount(work, point))  # noqa: B023
     steps.finish()
+
+
+def _flush(work: Work, point: str) -> None:
+    """Write out what can be: an image whose server was killed takes no more, and must not be held for that."""
+    try:
+        flushing.flush(point)
+    except StorageError as error:
+        if not rawview.fail_lost(work):
+            raise
+        work.log(f"{error}: the server of an image ({rawview.DAEMON}) was killed; what it had not written is lost")
+
+
+def _fail_lost(work: Work) -> None:
+    rawview.fail_lost(work)
 
 
 def unmount(work: Work, point: str) -> None:
@@ -253,31 +284,6 @@ def unmount(work: Work, point: str) -> None:
     except StorageError as error:
         users = holders.users_of(point)
         raise StorageError(f"{error}; in use by {', '.join(users)}" if users else str(error)) from error
-
-
-def wait_for_loops(work: Work, images: set[tuple[int, int]]) -> None:
-    """Return when no loop device holds an image any more.
-
-    Devices clear themselves with their last mount. Where mounts are private (hosts without systemd), every container
-    started since ours keeps a copy of our mounts in its controller's namespace: those are unmounted there.
-    """
-    if not images:
-        return
-    deadline = time.monotonic() + LOOP_S
-    for attempt in range(10**6):
-        held = holders.loops_over(images)
-        if not held:
-            return
-        if attempt in (2, 20, 100):
-            for device in held:
-                holders.unmount_elsewhere(device, work.paths.mounts + "/")
-        if time.monotonic() > deadline:
-            users = sorted({user for device in held for user in holders.mounters_of(device)})
-            raise StorageError(
-                f"Cannot free {', '.join(held)} (images of VM {work.vm_id}):"
-                f" in use by {', '.join(users) or 'the kernel'}"
-            )
-        time.sleep(0.005 if attempt < 20 else 0.05)
 
 
 def _remove_directories(work: Work) -> None:

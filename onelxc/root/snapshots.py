@@ -39,7 +39,7 @@ def create(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         directory = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | snapshotfiles.NOFOLLOW, dir_fd=home.fd)
         stack.callback(os.close, directory)
         snapshotfiles.look_for_space(home, [disk for _, disk in disks], f"make {name} of VM {work.vm_id}")
-        with _standing_still(work):
+        with standing_still(work):
             for disk, image in disks:
                 snapshotfiles.copy_out(image, directory, f"disk.{disk.disk_id}")
         for disk, _ in disks:
@@ -190,7 +190,8 @@ def _opened(work: Work, home: snapshotfiles.Home, name: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _standing_still(work: Work) -> Iterator[None]:
+def standing_still(work: Work) -> Iterator[None]:
+    """The container and its disks, while the body changes something below them."""
     still = work.journal.take("still")
     freezer.verb_freeze(work, {"why": freezer.SNAPSHOT})
     try:

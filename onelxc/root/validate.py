@@ -22,8 +22,6 @@ from onelxc.model import Disk, Vm
 if TYPE_CHECKING:
     from onelxc.config import HostConfig
 
-BLOCK_DEVICES = ("/dev/vg-one-*/lv-one-*",)
-"""What a link in a datastore may lead to besides files in one: the volumes of OpenNebula's LVM drivers."""
 _LINKS = 16
 _PATH_FD = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -73,7 +71,7 @@ def find(path: str, config: HostConfig) -> Found:
     """The regular file, directory or block device at `path`. StorageError if it lies outside, is missing or is else."""
     directory, name, real = _walk(path, config)
     if directory < 0:
-        return _device(path, real, config)
+        return _device(path, real)
     try:
         file = os.open(name, _PATH_FD, dir_fd=directory)
     except OSError as error:
@@ -152,7 +150,7 @@ def _walk(path: str, config: HostConfig) -> tuple[int, str, str]:
     for _ in range(_LINKS):
         place = next((place for place in places if wanted.startswith(place.rstrip("/") + "/")), None)
         if place is None:
-            if wanted != posixpath.normpath(path) and _is_device_name(wanted):
+            if wanted != posixpath.normpath(path) and _is_device_name(wanted, config):
                 return -1, "", wanted
             raise _outside(path)
         followed = _descend(path, place, wanted[len(place.rstrip("/")) + 1 :].split("/"))
@@ -193,17 +191,19 @@ def _descend(path: str, place: str, components: list[str]) -> tuple[int, str, st
             os.close(here)
 
 
-def _is_device_name(path: str) -> bool:
-    return any(fnmatch.fnmatchcase(path, each) and path.count("/") == each.count("/") for each in BLOCK_DEVICES)
+def _is_device_name(path: str, config: HostConfig) -> bool:
+    """Whether host.conf lets a link in a datastore lead there: the volumes of OpenNebula's LVM drivers by default."""
+    return any(fnmatch.fnmatchcase(path, one) and path.count("/") == one.count("/") for one in config.block_devices)
 
 
-def _device(path: str, device: str, config: HostConfig) -> Found:
-    """A volume: /dev is root's, so its links may be followed, but only to a device of the device mapper."""
+def _device(path: str, device: str) -> Found:
+    """/dev is root's, so its links may be followed, but they have to end at a block device in /dev."""
     try:
         file = os.open(device, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(f"Cannot open {path}: {device}: {error.strerror}") from error
-    if not stat.S_ISBLK(os.fstat(file).st_mode):
+    real = os.readlink(f"/proc/self/fd/{file}")
+    if not stat.S_ISBLK(os.fstat(file).st_mode) or not real.startswith("/dev/"):
         os.close(file)
         raise StorageError(f"Cannot use {path}: {device} is no block device")
     return Found(path, device, posixpath.basename(device), -1, file)
