@@ -9,8 +9,8 @@ bundle=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 
 usage() {
     cat <<'END'
-Usage: install.sh [front-end] [-d DIR] [--replace] [--dry-run] [--uninstall]
-       install.sh node [--dry-run] [--uninstall]
+Usage: install.sh [front-end] [-d DIR] [--replace] [--dry-run] [--verbose] [--uninstall]
+       install.sh node [--dry-run] [--verbose] [--uninstall]
        install.sh demo [ROOTFS-TARBALL]
 
 front-end   beside OpenNebula on this machine (the default): the packaged one (/etc/one), or a self-contained one
@@ -22,6 +22,7 @@ demo        as root: one container through the real executables, as oned calls t
       --replace             from 6.0 on: take the name "lxc" from OpenNebula's own driver (kept, and put back by
                             --uninstall)
   -n, --dry-run             say what would be done, and do nothing
+  -v, --verbose             a line for every file
   -u, --uninstall           remove what was installed
       --no-packages         node: install no packages, the host has them
   -h, --help                this text
@@ -52,6 +53,7 @@ while [ $# -gt 0 ]; do
         --directory=*) directory=${1#*=} ;;
         --replace) replace=yes ;;
         -n | --dry-run) dry_run=yes ;;
+        -v | --verbose) verbose=yes ;;
         -u | --uninstall) uninstall=yes ;;
         --no-packages) packages=no ;;
         -h | --help)

@@ -11,22 +11,51 @@ declare -A planned=() # directories that a dry run would have made
 declare -A digests=() # path: sha256, looked up by `look` for many files at once
 declare -A looked=()  # path: "yes", after look
 declare -A seen=()    # path: "owner:group mode", likewise
+verbose=no
+group=                # "create /usr/lib/onelxc/" of the steps that have not been said yet, and their files
+group_files=()
+staged=               # a directory, all of whose changes are made in its copy DIRECTORY.new (see stage)
 
 die() {
+    say_group
     printf 'install.sh: %s\n' "$*" >&2
     exit 1
 }
 
-say() { printf '%s\n' "$*"; }
+say() {
+    say_group
+    printf '%s\n' "$*"
+}
+
+# Steps of one kind in one directory, one after the other, are one line, unless --verbose wants each.
+say_group() {
+    case ${#group_files[@]} in
+        0) if [ -n "$group" ]; then printf '%s\n' "$group"; fi ;;
+        1) printf '%s\n' "$group${group_files[0]}" ;;
+        *) printf '%s (%s files)\n' "$group" "${#group_files[@]}" ;;
+    esac
+    group='' group_files=()
+}
+trap say_group EXIT
 
 # The step's line, and whether to take it.
 step() {
+    local line="$*" directory
     changes=$((changes + 1))
-    if [ "$dry_run" = yes ]; then
-        say "would $*"
-        return 1
-    fi
-    say "$*"
+    [ "$dry_run" = no ] || line="would $line"
+    directory=${line%/*}/
+    case $verbose,$line in
+        *' if it is empty then') say "$line" ;;
+        no,*'create /'* | no,*'update /'* | no,*'remove /'*)
+            if [ "$directory" != "$group" ]; then
+                say_group
+                group=$directory
+            fi
+            [ "$line" = "$directory" ] || group_files+=("${line##*/}")
+            ;;
+        *) say "$line" ;;
+    esac
+    [ "$dry_run" = no ]
 }
 
 bundle_version() { sed -n 's/^__version__ = "\(.*\)"$/\1/p' "${bundle:?}/onelxc/__init__.py"; }
@@ -59,7 +88,7 @@ put_directory() {
     manifest+=("directory $1")
     if [ -e "$1" ] || [ -L "$1" ]; then die "$1 is in the way: a directory belongs there"; fi
     planned[$1]=yes
-    if step "create $1/"; then install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$1"; fi
+    if step "create $1/"; then install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$(place "$1")"; fi
 }
 
 # put_own_directory PATH OWNER:GROUP MODE: one that is ours by its name, whoever made it: it goes when it is empty.
@@ -70,19 +99,52 @@ put_own_directory() {
 
 # put_file SOURCE PATH OWNER:GROUP MODE: written beside and renamed, so that nobody ever reads half of it.
 put_file() {
-    local verb=create
+    local verb=create path
     if [ -z "${looked[$1]:-}" ] || [ -z "${looked[$2]:-}" ]; then look "$1" "$2"; fi
     manifest+=("${digests[$1]} $2")
     if [ "${digests[$1]}" = "${digests[$2]:-}" ] && [ ! -L "$2" ]; then
-        if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then chown -- "$3" "$2"; fi
-        if [ "${seen[$2]#*,}" != "$4" ] && step "chmod $4 $2"; then chmod -- "$4" "$2"; fi
+        if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then chown -- "$3" "$(place "$2")"; fi
+        if [ "${seen[$2]#*,}" != "$4" ] && step "chmod $4 $2"; then chmod -- "$4" "$(place "$2")"; fi
         return 0
     fi
     [ ! -d "$2" ] || die "$2 is in the way: a file belongs there"
     if [ -e "$2" ] || [ -L "$2" ]; then verb=update; fi
     if step "$verb $2"; then
-        install -o "${3%:*}" -g "${3#*:}" -m "$4" -T -- "$1" "$2.onelxc-new"
-        mv -fT -- "$2.onelxc-new" "$2"
+        path=$(place "$2")
+        install -o "${3%:*}" -g "${3#*:}" -m "$4" -T -- "$1" "$path.onelxc-new"
+        mv -fT -- "$path.onelxc-new" "$path"
+    fi
+}
+
+# stage DIRECTORY: what is put below it from now on goes into a copy beside it, until exchange.
+stage() {
+    [ "$dry_run" = no ] || return 0
+    staged=$1
+    rm -rf -- "$1.new"
+    [ ! -d "$1" ] || cp -a -- "$1" "$1.new"
+}
+
+# Where a file is written that belongs at PATH.
+place() {
+    case ${staged:+in}$1/ in
+        "in$staged"/*) printf '%s' "$staged.new${1#"$staged"}" ;;
+        *) printf '%s' "$1" ;;
+    esac
+}
+
+# exchange: the copy takes the directory's place, in one step: whoever starts to read there sees the old one or the new.
+exchange() {
+    local directory=$staged
+    staged=
+    if [ ! -d "$directory" ]; then
+        mv -T -- "$directory.new" "$directory"
+    else
+        /usr/bin/python3 -I -c 'import ctypes, os, sys
+libc, (old, new) = ctypes.CDLL(None, use_errno=True), map(os.fsencode, sys.argv[1:])
+at_fdcwd, rename_exchange = -100, 2
+if libc.renameat2(at_fdcwd, old, at_fdcwd, new, rename_exchange):
+    sys.exit(f"install.sh: cannot exchange {sys.argv[1]}: {os.strerror(ctypes.get_errno())}")' "$directory" "$directory.new"
+        rm -rf -- "$directory.new"
     fi
 }
 
@@ -126,7 +188,9 @@ put_link() {
 # Python leaves beside them.
 put_tree() {
     local name mode names=()
-    mapfile -d '' names < <(cd "$1" && find . -mindepth 1 -name __pycache__ -prune -o ! -name '*.pyc' -printf '%P\0' | sort -z)
+    # a directory's files before the directories in it
+    mapfile -d '' names < <(cd "$1" && find . -mindepth 1 -name __pycache__ -prune -o -name '*.pyc' -o \
+        -type d -printf '%p/\t\t%P\0' -o -printf '%h/\t%f\t%P\0' | sort -z | sed -z 's/.*\t//')
     look "${names[@]/#/"$1/"}" "${names[@]/#/"$2/"}"
     put_directory "$2" "$3" "$4"
     for name in "${names[@]}"; do

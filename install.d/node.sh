@@ -92,14 +92,22 @@ put_user_into_group() {
 # Nothing here may ever be writable by anybody but root: sudo runs it.
 put_helper() {
     put_own_directory "$library" root:root 755
-    put_tree "$bundle/onelxc" "$library/onelxc" root:root 755 644 644
+    put_package
     put_file "$bundle/libexec/onelxc-root" "$library/onelxc-root" root:root 755
     put_file "$bundle/libexec/onelxc-hub" "$library/onelxc-hub" root:root 755
     put_link "$library/onelxc-root" /usr/sbin/onelxc-root root:root
-    if [ "$dry_run" = no ]; then
-        # byte code once, instead of at each action's start; Python itself sees when it is out of date
-        /usr/bin/python3 -I -m compileall -q "$library/onelxc" || die "the package does not compile under /usr/bin/python3"
-    fi
+}
+
+# Made beside the one in use, which actions may be starting from just now.
+put_package() {
+    local package=$library/onelxc
+    stage "$package"
+    put_tree "$bundle/onelxc" "$package" root:root 755 644 644
+    [ "$dry_run" = no ] || return 0
+    # byte code once, instead of at each action's start; Python itself sees when it is out of date
+    /usr/bin/python3 -I -m compileall -q -s "$package.new" -p "$package" "$package.new" ||
+        die "the package does not compile under /usr/bin/python3"
+    exchange
 }
 
 put_policy() {
@@ -232,6 +240,7 @@ node_uninstall() {
         fi
     done
     drop_file "$node_manifest"
+    [ "$dry_run" = yes ] || rm -rf -- "$library/onelxc.new" # of an installation that was broken off
     drop_directory "$library"
     for path in "$state" /run/onelxc /var/log/onelxc; do
         if [ -d "$path" ] && step "remove $path/"; then

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def test_idempotent() -> None:
     assert files() == before
 
 
+# A new version takes the old one's place in one step: an action that starts meanwhile sees the one or the other.
+def test_the_package_is_exchanged_as_a_whole() -> None:
+    package = Path("/usr/lib/onelxc/onelxc")
+    before, old = files(), package.stat().st_ino
+    for name in ("names.py", "root/cli.py"):
+        (package / name).write_text("an older version\n")
+    said = node()
+    assert "\nupdate /usr/lib/onelxc/onelxc/names.py\nupdate /usr/lib/onelxc/onelxc/root/cli.py\n" in said
+    assert files() == before
+    assert package.stat().st_ino != old
+    code = "import onelxc.names as names; print(names.__cached__, names.deploy_id.__code__.co_filename)"
+    compiled = machine.command("/usr/bin/python3", "-I", "-c", f"import sys; sys.path[0] = '{package.parent}'; {code}")
+    assert compiled.split() == [f"{package}/__pycache__/names.{sys.implementation.cache_tag}.pyc", f"{package}/names.py"]
+
+
 # What sudo runs as root can be changed by nobody but root, from / on down.
 def test_only_root_writes() -> None:
     for path in (Path("/usr"), Path("/usr/lib"), Path("/usr/lib/onelxc"), *Path("/usr/lib/onelxc").rglob("*")):
@@ -112,15 +128,16 @@ def test_edited_policy_is_kept() -> None:
         policy.write_text(shipped)
 
 
-# A dry run does nothing, and says what is then done.
+# A dry run does nothing, and says what is then done; files of one directory in one line, unless each is wanted.
 def test_dry_run() -> None:
     node("--uninstall")
     before = files()
-    would = node("--dry-run")
+    would = node("--dry-run", "--verbose")
     assert files() == before
     assert "would create /usr/lib/onelxc/onelxc-root\n" in would
     assert "would create /etc/sudoers.d/onelxc\n" in would
-    said = node().splitlines()
+    assert "\nwould create /usr/lib/onelxc/onelxc/root/ (" in node("--dry-run")
+    said = node("--verbose").splitlines()
     for line in would.splitlines():
         if line.startswith("would create "):
             assert line[len("would ") :] in said
