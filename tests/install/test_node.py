@@ -85,7 +85,8 @@ def test_the_package_is_exchanged_as_a_whole() -> None:
     assert package.stat().st_ino != old
     code = "import onelxc.names as names; print(names.__cached__, names.deploy_id.__code__.co_filename)"
     compiled = machine.command("/usr/bin/python3", "-I", "-c", f"import sys; sys.path[0] = '{package.parent}'; {code}")
-    assert compiled.split() == [f"{package}/__pycache__/names.{sys.implementation.cache_tag}.pyc", f"{package}/names.py"]
+    code_of = f"__pycache__/names.{sys.implementation.cache_tag}.pyc"
+    assert compiled.split() == [f"{package}/{code_of}", f"{package}/names.py"]
 
 
 # What sudo runs as root can be changed by nobody but root, from / on down.
