@@ -38,7 +38,6 @@ USEFUL = {
     "lz4": "archives packed with lz4",
     "mkfs.xfs": "XFS disks",
     "mkfs.btrfs": "btrfs disks",
-    "sfdisk": "images with a partition table",
     "qemu-storage-daemon": "qcow2 disks",
     "tc": "bandwidth limits",
     "lspci": "OpenNebula's own PCI probe (it fails without, and the host with it)",

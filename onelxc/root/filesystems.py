@@ -22,7 +22,7 @@ Log = Callable[[str], None]
 EXT = ("ext2", "ext3", "ext4")
 SUPPORTED = (*EXT, "xfs", "btrfs", "squashfs", "erofs", "f2fs")
 FSCK_LIMIT_S = 600.0
-_GROW_FROM = 4 << 20
+GROW_FROM = 4 << 20
 """A file system is not grown for less than this: an ext4 group that could hold nothing but its own tables."""
 
 _TOOLS = {"xfs": "xfsprogs", "btrfs": "btrfs-progs", "ext4": "e2fsprogs"}
@@ -91,6 +91,18 @@ def ext_bytes(device: str) -> int:
     high = struct.unpack_from("<I", superblock, 0x150)[0] if struct.unpack_from("<I", superblock, 0x60)[0] & 0x80 else 0
     blocks, shift = int(low | (high << 32)), 10 + min(int(log_size), 6)
     return blocks << shift
+
+
+def own_bytes(device: str, kind: str) -> int:
+    """The size that a file system believes it has, of those that can grow."""
+    if kind in EXT:
+        return ext_bytes(device)
+    with open(device, "rb", buffering=0) as file:
+        if kind == "xfs":
+            block, blocks = struct.unpack(">IQ", os.pread(file.fileno(), 12, 4))
+            return int(block * blocks)
+        # btrfs: total_bytes of the superblock's device item
+        return int(struct.unpack("<Q", os.pread(file.fileno(), 8, (64 << 10) + 0xD1))[0])
 
 
 def _ext_superblock(device: str) -> bytes:
@@ -174,7 +186,7 @@ def make(device: str, kind: str, *, label: str = "", pass_fds: tuple[int, ...] =
 
 def grow_unmounted(device: str, kind: str, device_bytes: int, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
     """Let an ext file system fill its device before it is mounted; the others grow mounted (`grow_mounted`)."""
-    if kind not in EXT or ext_bytes(device) + _GROW_FROM > device_bytes:
+    if kind not in EXT or ext_bytes(device) + GROW_FROM > device_bytes:
         return
     before = ext_bytes(device)
     _in_jail(device, ("e2fsck", "-f", "-p"), (0, 1, 2), f"check {device} before growing", limit_s)

@@ -53,7 +53,10 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
         )
     with validate.find(disk.path, work.config) as image:
         if not stat.S_ISREG(image.status.st_mode):
-            return before  # a volume, which its transfer manager has enlarged
+            # a volume, which its transfer manager has enlarged; a loop is over one of its partitions
+            if loops.backing_identity(device) is not None and before < size_mb * _MIB:
+                raise _partitioned(disk)
+            return before
         shown = rawview.device_of(work, image.status)
         if shown is not None:
             _enlarge_shown(work, disk, device, shown, size_mb * _MIB)
@@ -67,10 +70,15 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
     if device != shown:
         loops.refresh(device)
     if mounts.device_bytes(device) < size_mb * _MIB:
-        raise NotSupportedError(
-            f"Cannot resize disk {disk.disk_id} while it is mounted: it is partitioned; the image has the new size"
-        )
+        raise _partitioned(disk)
     return before
+
+
+def _partitioned(disk: Disk) -> NotSupportedError:
+    return NotSupportedError(
+        f"Cannot resize disk {disk.disk_id} while it is mounted: it is partitioned; the image has the new size, and its"
+        " last partition takes it when the VM starts next"
+    )
 
 
 def _enlarge_file(disk: Disk, device: str, fd: int, size: int) -> None:

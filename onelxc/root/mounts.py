@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from onelxc.errors import StorageError
 from onelxc.root import filesystems, idmap, loops, nbd, partitions, shift, syscalls
+from onelxc.root.parttable import Entry
 
 Log = Callable[[str], None]
 _MIB = 1 << 20
@@ -31,6 +32,7 @@ class Detached:
     """The block device below."""
     stored_first: int = 0
     """The id that root has on disk: other than 0 in images that another driver shifted."""
+    log: Log = lambda _: None
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -75,7 +77,7 @@ def open_image(
             os.ftruncate(fd, size_mb * _MIB)
         elif nbd.name_of(path) and enlarge is not None:
             enlarge(path, size_mb * _MIB)
-    part = _partition(path, fd, name, log, root)
+    part = _partition(fd, name, log, root=root, read_only=read_only)
     if part is None and stat.S_ISBLK(status.st_mode):
         return _open_device(path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
     offset, size = (part.offset, part.size) if part else (0, 0)
@@ -98,10 +100,13 @@ def _on_a_disk(device: int) -> bool:
     return False
 
 
-def _partition(device: str, fd: int, name: str, log: Log, root: bool) -> partitions.Partition | None:
-    """The partition to mount, None where the whole image is one file system."""
-    found = filesystems.probe(device, pass_fds=(fd,))
-    return partitions.choose(device, fd, name, log, root=root) if found.partitions and not found.kind else None
+def _partition(fd: int, name: str, log: Log, *, root: bool, read_only: bool) -> Entry | None:
+    """The partition to mount, enlarged with its disk; None where the whole image is one file system."""
+    found = filesystems.probe(f"/proc/self/fd/{fd}", pass_fds=(fd,))
+    if found.kind or not found.partitions:
+        return None
+    chosen = partitions.choose(fd, name, log, root=root)
+    return chosen if read_only else partitions.grown(fd, chosen, name, log)
 
 
 def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
@@ -112,7 +117,7 @@ def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: boo
         filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
     filesystems.tell_apart(device, found, log, read_only=read_only)
     fd = filesystems.mount(device, found.kind, read_only=read_only, nodev=not root)
-    detached = Detached(fd, found.kind, device)
+    detached = Detached(fd, found.kind, device, log=log)
     try:
         detached.stored_first = shift.stored_first(fd, log) if root else 0
     except BaseException:
@@ -147,19 +152,22 @@ def place(detached: Detached, target: str, *, id_base: int | None) -> None:
         syscalls.move_mount(detached.fd, target)
     except OSError as error:
         raise StorageError(f"Cannot mount {detached.kind} at {target}: {error.strerror}") from error
-    if detached.kind in ("xfs", "btrfs"):
-        _fill_device(detached, target)
+    _fill_device(detached, target)
     detached.close()
 
 
 def _fill_device(detached: Detached, target: str) -> None:
     """xfs and btrfs grow only where they are mounted; not worth failing a start for."""
-    space = os.statvfs(target)
-    if os.access(target, os.W_OK) and device_bytes(detached.device) - space.f_blocks * space.f_frsize > 64 * _MIB:
-        try:
-            filesystems.grow_mounted(detached.device, detached.kind, target)
-        except StorageError:
-            pass
+    if detached.kind not in ("xfs", "btrfs") or os.statvfs(target).f_flag & os.ST_RDONLY:
+        return
+    before, room = filesystems.own_bytes(detached.device, detached.kind), device_bytes(detached.device)
+    if before + filesystems.GROW_FROM > room:
+        return
+    try:
+        filesystems.grow_mounted(detached.device, detached.kind, target)
+        detached.log(f"file system grown from {before >> 20} to {room >> 20} MiB")
+    except StorageError as error:
+        detached.log(str(error))
 
 
 def unmount(target: str, *, limit_s: float = 10.0) -> None:

@@ -1,19 +1,18 @@
 """Which part of a partitioned image is meant? The root file system for the first disk, the largest one for others.
 
-Reads partition tables with sfdisk and looks into candidates by mounting them read-only, detached. The choice is told to
-the log, since an image's author may have meant another.
+Looks into candidates by mounting them read-only, detached. The choice is told to the log, since an image's author may
+have meant another. What is chosen may become larger with its disk; the file system in it is not looked at for that.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from onelxc import command
-from onelxc.errors import CommandError, StorageError
-from onelxc.root import filesystems, loops, syscalls
+from onelxc.errors import StorageError
+from onelxc.root import filesystems, loops, parttable, syscalls
+from onelxc.root.parttable import Entry
 
 Log = Callable[[str], None]
 
@@ -34,85 +33,75 @@ _FSTAB_LIMIT = 64 << 10
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition: bytes, and what is in it."""
+    """One partition and what is in it."""
 
-    number: int
-    offset: int
-    size: int
-    type: str
+    entry: Entry
     found: filesystems.Found
-    uuid: str = ""
 
 
-def choose(device: str, fd: int, name: str, log: Log, *, root: bool) -> Partition:
-    """The partition to mount of the partitioned device or file `device`, open as `fd`."""
-    candidates = [one for one in _list(device, fd, name) if one.found.kind in filesystems.SUPPORTED]
+def choose(fd: int, name: str, log: Log, *, root: bool) -> Entry:
+    """The partition to mount of the partitioned device or file `fd`."""
+    candidates = [one for one in _list(fd, name) if one.found.kind in filesystems.SUPPORTED]
     if not candidates:
         raise StorageError(f"Cannot mount {name}: none of its partitions has a file system for Linux")
     chosen, why = _pick(candidates, fd, name, root)
-    what = f"{chosen.found.kind}, {chosen.size >> 20} MiB"
-    log(f"{os.path.basename(name)}: partition {chosen.number} ({what}) is taken: {why}")
-    return chosen
+    what = f"{chosen.found.kind}, {chosen.entry.size >> 20} MiB"
+    log(f"{os.path.basename(name)}: partition {chosen.entry.number} ({what}) is taken: {why}")
+    return chosen.entry
+
+
+def grown(fd: int, chosen: Entry, name: str, log: Log) -> Entry:
+    """The partition, as large as its disk allows by now. Where it cannot grow, that is a line in the log."""
+    name = os.path.basename(name)
+    try:
+        larger = parttable.enlarge(fd, chosen)
+    except StorageError as error:
+        log(f"{name}: partition {chosen.number} stays as it is though the disk is larger: {error}")
+        return chosen
+    if larger is None:
+        return chosen
+    log(f"{name}: partition {chosen.number} grown from {chosen.size >> 20} to {larger.size >> 20} MiB")
+    return larger
 
 
 def _pick(candidates: list[Partition], fd: int, name: str, root: bool) -> tuple[Partition, str]:
     if len(candidates) == 1:
         return candidates[0], "the only one with a file system"
-    largest = max(candidates, key=lambda one: one.size)
+    largest = max(candidates, key=lambda one: one.entry.size)
     if not root:
         return largest, "the largest"
     with_fstab = []
-    for candidate in sorted(candidates, key=lambda one: -one.size):
+    for candidate in sorted(candidates, key=lambda one: -one.entry.size):
         fstab = _fstab(candidate, fd, name)
         if fstab is None:
             continue
         with_fstab.append(candidate)
         for one in candidates:
             if _is_named(one, fstab):
-                return one, f"the root of the fstab in partition {candidate.number}"
+                return one, f"the root of the fstab in partition {candidate.entry.number}"
     if with_fstab:
         return with_fstab[0], "it holds an fstab"
-    typed = [one for one in candidates if one.type in _ROOT_TYPES]
+    typed = [one for one in candidates if one.entry.type in _ROOT_TYPES]
     if typed:
         return typed[0], "by its GPT type"
     return largest, "the largest"
 
 
-def _list(device: str, fd: int, name: str) -> Iterable[Partition]:
+def _list(fd: int, name: str) -> Iterable[Partition]:
     try:
-        out = command.run(["sfdisk", "--json", device], pass_fds=(fd,), verb="read it")
-        table = json.loads(out)["partitiontable"]
-        unit = int(table.get("sectorsize", 512))
-        entries = [
-            (
-                number,
-                int(one["start"]) * unit,
-                int(one["size"]) * unit,
-                str(one.get("type", "")),
-                str(one.get("uuid", "")),
-            )
-            for number, one in enumerate(table.get("partitions", []), 1)
-        ]
-    except (CommandError, ValueError, KeyError) as error:
+        entries = parttable.read(fd)
+    except StorageError as error:
         raise StorageError(f"Cannot read the partition table of {name}: {error}") from error
-    limit = _bytes(device)
-    for number, offset, size, kind, uuid in entries:
-        if size > 0 and offset + size <= limit:
-            found = filesystems.probe(device, offset=offset, size=size, pass_fds=(fd,))
-            yield Partition(number, offset, size, str(kind).upper(), found, str(uuid))
-
-
-def _bytes(device: str) -> int:
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
+    limit = os.lseek(fd, 0, os.SEEK_END)
+    for entry in entries:
+        if entry.size > 0 and entry.end <= limit:
+            path = f"/proc/self/fd/{fd}"
+            yield Partition(entry, filesystems.probe(path, offset=entry.offset, size=entry.size, pass_fds=(fd,)))
 
 
 def _fstab(partition: Partition, fd: int, name: str) -> dict[str, str] | None:
     """Mount point → source of the partition's /etc/fstab, None if it has none. Read-only, nothing is replayed."""
-    with loops.attach(fd, read_only=True, offset=partition.offset, size=partition.size, name=name) as loop:
+    with loops.attach(fd, read_only=True, offset=partition.entry.offset, size=partition.entry.size, name=name) as loop:
         try:
             root = filesystems.mount(loop.path, partition.found.kind, read_only=True, nodev=True)
         except StorageError:
@@ -135,5 +124,5 @@ def _fstab(partition: Partition, fd: int, name: str) -> dict[str, str] | None:
 
 def _is_named(partition: Partition, fstab: dict[str, str]) -> bool:
     key, _, value = fstab.get("/", "").partition("=")
-    known = {"UUID": partition.found.uuid, "LABEL": partition.found.label, "PARTUUID": partition.uuid}
+    known = {"UUID": partition.found.uuid, "LABEL": partition.found.label, "PARTUUID": partition.entry.uuid}
     return bool(value) and known.get(key.upper(), "").lower() == value.lower()

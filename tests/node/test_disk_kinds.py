@@ -7,19 +7,20 @@ import json
 import os
 import shutil
 import subprocess
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from onelxc.root import filesystems, loops
+from tests.node.test_life import configured
 from tests.support import images, machine
 from tests.support.frontends import MONITORD
 from tests.support.vms import Vm
 
 NewVm = Callable[..., Vm]
 XFS_MB = 320
+VERBOSE = 'FEATURES = [ VERBOSE = "yes" ]'
 
 
 def sh(*argv: str, input: str | None = None) -> str:
@@ -54,35 +55,83 @@ def mounted(path: Path, *, offset: int = 0, size: int = 0) -> Iterator[Path]:
             target.rmdir()
 
 
+def make(kind: str, device: str) -> None:
+    sh(f"mkfs.{kind}", "-q", device)
+
+
 def filled(path: Path, tree: Path, kind: str, size_mb: int) -> Path:
-    empty(path, size_mb)
-    sh(f"mkfs.{kind}", "-q", str(path))
+    make(kind, str(empty(path, size_mb)))
     with mounted(path) as mnt:
         sh("cp", "-a", f"{tree}/.", f"{mnt}/")
     return path
 
 
-def partitioned(path: Path, tree: Path, label: str) -> Path:
-    """A small /boot first, then the root, then a larger file system for data; the fstab tells which is which."""
-    sizes = {"boot": 16, "root": 40, "data": 60}
-    empty(path, 128)
-    lines = [f"label: {label}", *(f"size={mb}MiB, type={'83' if label == 'dos' else 'L'}" for mb in sizes.values())]
-    sh("sfdisk", "-q", str(path), input="\n".join(lines) + "\n")
+ROOT_TYPE = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
+BEFORE_ALL = {"boot": 16, "root": 60, "data": 40}
+"""The root is the largest: nothing else need tell it."""
+BETWEEN = {"boot": 16, "root": 40, "data": 60}
+LAST = {"boot": 16, "root": 40}
+
+
+def partitioned(
+    path: Path,
+    tree: Path,
+    label: str,
+    layout: dict[str, int],
+    *,
+    kind: str = "ext4",
+    fstab: bool = True,
+    typed: bool = False,
+) -> Path:
+    """Partitions of so many MB, one with the root as `kind`, the others ext4 and empty. A MB is left at the end."""
+    empty(path, sum(layout.values()) + 2)
+    plain = "83" if label == "dos" else "L"
+    rows = [f"size={mb}MiB, type={ROOT_TYPE if typed and name == 'root' else plain}" for name, mb in layout.items()]
+    # the copy of a GPT takes some of the last partition's place
+    rows[-1] = rows[-1].replace(f"size={list(layout.values())[-1]}MiB, ", "")
+    sh("sfdisk", "-q", str(path), input="\n".join([f"label: {label}", *rows]) + "\n")
     table = json.loads(sh("sfdisk", "--json", str(path)))["partitiontable"]
-    identity = str(uuid.uuid4())
-    for (name, mb), row in zip(sizes.items(), table["partitions"]):
-        offset = int(row["start"]) * 512
-        with open(path, "r+b") as file, loops.attach(file.fileno(), offset=offset, size=mb << 20) as loop:
-            extra = ["-U", identity] if name == "root" else []
-            sh("mkfs.ext4", "-q", *extra, loop.path)
-        with mounted(path, offset=offset, size=mb << 20) as mnt:
-            if name == "root":
+    for name, row in zip(layout, table["partitions"]):
+        offset, size = int(row["start"]) * 512, int(row["size"]) * 512
+        with open(path, "r+b") as file, loops.attach(file.fileno(), offset=offset, size=size) as loop:
+            make(kind if name == "root" else "ext4", loop.path)
+            identity = sh("blkid", "-p", "-o", "value", "-s", "UUID", loop.path).strip()
+        if name == "root":
+            with mounted(path, offset=offset, size=size) as mnt:
                 sh("cp", "-a", f"{tree}/.", f"{mnt}/")
-                (mnt / "etc/fstab").write_text(f"# made by a test\nUUID={identity} / ext4 defaults 0 1\n")
+                if fstab:
+                    (mnt / "etc/fstab").write_text(f"# made by a test\nUUID={identity} / {kind} defaults 0 1\n")
     return path
 
 
-def shifted(path: Path, tree: Path) -> Path:
+def packed(*options: str) -> Callable[[Path, Path], Path]:
+    def make_archive(path: Path, tree: Path) -> Path:
+        images.tar(str(tree), str(path), *options)
+        return path
+
+    return make_archive
+
+
+def lxd(path: Path, tree: Path) -> Path:
+    """A unified image: the root below rootfs/, and what describes it beside."""
+    metadata = path.with_name("metadata.yaml")
+    metadata.write_text("architecture: x86_64\n")
+    sh(
+        "tar",
+        "-cJf",
+        str(path),
+        "-C",
+        str(path.parent),
+        metadata.name,
+        "-C",
+        str(tree),
+        "--transform=s,^\\.,rootfs,S",
+        ".",
+    )
+    return path
+
+
+def shifted(path: Path, tree: Path, first: int) -> Path:
     filled(path, tree, "ext4", 64)
     with mounted(path) as mnt:
         for directory, names, files in os.walk(mnt):
@@ -90,7 +139,7 @@ def shifted(path: Path, tree: Path) -> Path:
                 item = os.path.join(directory, name)
                 status = os.lstat(item)
                 if status.st_uid < 65536:
-                    os.chown(item, status.st_uid + 100000, status.st_gid + 100000, follow_symlinks=False)
+                    os.chown(item, status.st_uid + first, status.st_gid + first, follow_symlinks=False)
                     if not os.path.islink(item):
                         os.chmod(item, status.st_mode & 0o7777)
     return path
@@ -111,28 +160,111 @@ def squashfs(path: Path, tree: Path) -> Path:
 
 
 KINDS: dict[str, Callable[[Path, Path], Path]] = {
+    "tar": packed(),
+    "tar.gz": packed("--gzip"),
+    "tar.xz": packed("--use-compress-program=xz -1"),
+    "tar.zst": packed("--zstd"),
+    "tar.bz2": packed("--bzip2"),
+    "tar.lz4": packed("--use-compress-program=lz4"),
+    "LXD": lxd,
+    "squashfs": squashfs,
     "ext4": lambda path, tree: filled(path, tree, "ext4", 64),
     "xfs": lambda path, tree: filled(path, tree, "xfs", XFS_MB),
     "btrfs": lambda path, tree: filled(path, tree, "btrfs", 128),
-    "dos": lambda path, tree: partitioned(path, tree, "dos"),
-    "gpt": lambda path, tree: partitioned(path, tree, "gpt"),
-    "shifted": shifted,
+    "dos by fstab": lambda path, tree: partitioned(path, tree, "dos", BETWEEN),
+    "gpt by fstab": lambda path, tree: partitioned(path, tree, "gpt", BETWEEN),
+    "gpt by type": lambda path, tree: partitioned(path, tree, "gpt", BETWEEN, fstab=False, typed=True),
+    "dos by size": lambda path, tree: partitioned(path, tree, "dos", BEFORE_ALL, fstab=False),
+    "shifted by 100000": lambda path, tree: shifted(path, tree, 100000),
+    "shifted by 600100001": lambda path, tree: shifted(path, tree, 600100001),
     "qcow2": qcow2,
-    "squashfs": squashfs,
+}
+CHOICES = {
+    "dos by fstab": "partition 2 (ext4, 40 MiB) is taken: the root of the fstab in partition 2",
+    "gpt by fstab": "partition 2 (ext4, 40 MiB) is taken: the root of the fstab in partition 2",
+    "gpt by type": "partition 2 (ext4, 40 MiB) is taken: by its GPT type",
+    "dos by size": "partition 2 (ext4, 60 MiB) is taken: the largest",
+    "shifted by 100000": "the image's owners begin at 100000",
+    "shifted by 600100001": "the image's owners begin at 600100001",
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_written_is_there_after_a_power_off(vm: NewVm, tree: Path, tmp_path: Path, kind: str) -> None:
-    one = vm(str(KINDS[kind](tmp_path / "image", tree))).deployed().booted()
+    one = vm(str(KINDS[kind](tmp_path / "image", tree)))
+    with configured(one, VERBOSE):
+        assert CHOICES.get(kind, "") in one.deploy().ok().err
+    one.booted()
     assert one.inside("stat -c %u:%g /bin/busybox /home/user").split() == ["0:0", "1000:1000"]
     assert one.inside("stat -c %a /usr/bin/sudo") == "4755\n"
     one.inside("head -c 3000000 /dev/urandom > /root/data; md5sum /root/data > /root/sum")
+    assert kind == "qcow2" or not fuse_below(one), "what is written goes through user space"
     one.act("shutdown").ok()
     assert loops.loops_of(one.path("disk.0")) == ()
     one.deployed().booted(2)
     one.inside("md5sum -c /root/sum")
     one.act("cancel").ok()
+
+
+def fuse_below(one: Vm) -> list[str]:
+    """FUSE file systems under the VM's mounts on the host, and in the container besides libvirt's own in /proc."""
+    here = [
+        mount.point for mount in machine.mounts() if mount.kind.startswith("fuse") and f"/{one.vm_id}/" in mount.point
+    ]
+    inside = [line.split() for line in one.inside("cat /proc/mounts").splitlines()]
+    return here + [row[1] for row in inside if row[2].startswith("fuse") and not row[1].startswith("/proc/")]
+
+
+GROWING: dict[str, Callable[[Path, Path], Path]] = {
+    "dos, ext4": lambda path, tree: partitioned(path, tree, "dos", LAST),
+    "gpt, ext4": lambda path, tree: partitioned(path, tree, "gpt", LAST),
+    "gpt, xfs": lambda path, tree: partitioned(path, tree, "gpt", {**LAST, "root": XFS_MB}, kind="xfs"),
+    "dos, btrfs": lambda path, tree: partitioned(path, tree, "dos", {**LAST, "root": 128}, kind="btrfs"),
+    "qcow2": qcow2,
+    "tar.gz": packed("--gzip"),
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_larger_size_grows(vm: NewVm, tree: Path, tmp_path: Path, kind: str) -> None:
+    """At first, and again at a later start."""
+    image = GROWING[kind](tmp_path / "image", tree)
+    size = 320 if kind == "tar.gz" else (os.stat(image).st_size >> 20) + 200
+    one = vm(str(image))
+    for times in (1, 2):
+        one.disks[0]["SIZE"] = str(size)
+        with configured(one, VERBOSE):
+            said = one.deploy().ok().err
+        one.booted(times)
+        kib = int(one.inside("df -k / | tail -n 1 | awk '{print $2}'"))
+        assert kib > (size - 60) * 1024 * 0.85, said
+        assert times == 1 or "file system grown from" in said, said
+        assert not kind.startswith(("dos", "gpt")) or "disk.0: partition 2 grown from" in said, said
+        one.inside(f"echo {times} >> /root/kept")
+        one.act("shutdown").ok()
+        size += 150
+    one.deployed().booted(3)
+    assert one.inside("cat /root/kept") == "1\n2\n"
+
+
+def test_a_partition_that_another_follows_stays_and_the_vm_starts(vm: NewVm, tree: Path, tmp_path: Path) -> None:
+    one = vm(str(partitioned(tmp_path / "image", tree, "gpt", BETWEEN)))
+    one.disks[0]["SIZE"] = "300"
+    with configured(one, VERBOSE):
+        said = one.deploy().ok().err
+    assert "disk.0: partition 2 stays as it is though the disk is larger: partition 3 follows it" in said
+    one.booted()
+
+
+@pytest.mark.generation(MONITORD)
+def test_a_live_resize_of_a_partitioned_disk_is_for_the_next_start(vm: NewVm, tree: Path, tmp_path: Path) -> None:
+    one = vm(str(partitioned(tmp_path / "image", tree, "gpt", LAST))).deployed().booted()
+    refused = one.act("resize_disk", 0, 300, "b64", lcm_state=62)
+    assert refused.code == 1
+    assert "its last partition takes it when the VM starts next" in one.driver.message(refused)
+    one.act("shutdown").ok()
+    one.deployed().booted(2)  # with the SIZE of before, to which OpenNebula goes back
+    assert int(one.inside("df -k / | tail -n 1 | awk '{print $2}'")) > 200 << 10
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
@@ -209,7 +341,7 @@ def test_a_qcow2_with_a_backing_file(vm: NewVm, tree: Path, tmp_path: Path) -> N
     one.give(one.path("disk.0"))
     one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2"})
     one.deployed().booted().inside("echo kept > /root/kept")
-    one.act("cancel").ok()
+    one.act("shutdown").ok()
     one.deployed().booted(2)
     assert one.inside("cat /root/kept") == "kept\n"
     one.act("cancel").ok()
