@@ -92,7 +92,11 @@ def _files() -> frozenset[str]:
 def snapshot() -> Snapshot:
     return Snapshot(
         domains=frozenset(machine.domains()),
-        mounts=frozenset(f"{mount.point} ({mount.kind} {mount.source})" for mount in machine.mounts()),
+        mounts=frozenset(
+            f"{mount.point} ({mount.kind} {mount.source})"
+            for mount in machine.mounts()
+            if not mount.point.startswith("/run/user/")  # somebody logged in, to look into the emulated machine
+        ),
         loops=frozenset(f"{name} {path}" for name, path in machine.loops().items()),
         links=frozenset(machine.links()),
         cgroups=frozenset(machine.cgroups()),

@@ -168,7 +168,8 @@ def cgroups() -> set[str]:
     found = set()
     for directory, names, _ in os.walk("/sys/fs/cgroup"):
         for name in list(names):
-            if "lxc-" in name and ("libvirt-lxc" in name or name.startswith("machine-lxc")):
+            # made by libvirt itself, or by systemd for it, which writes - as \\x2d
+            if name.startswith("machine-lxc") or ("lxc-" in name and "libvirt-lxc" in name):
                 found.add(os.path.join(directory, name))
                 names.remove(name)
     return found
