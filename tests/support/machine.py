@@ -79,10 +79,10 @@ def inside(name: str, shell: str, *, timeout_s: float = 30, check: bool = True, 
     """stdout of a shell command run in all namespaces of the container, as its root."""
     pid = init_pid(name)
     mine, theirs = (os.readlink(f"/proc/{who}/ns/user") for who in ("self", pid))
-    argv = ["nsenter", "-t", str(pid), "-m", "-u", "-i", "-n", "-p"]
+    argv = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "nsenter", "-t", str(pid), "-m", "-u", "-i", "-n", "-p"]
     if mine != theirs:
         argv.append("-U")
-    argv += ["-S", str(uid), "-G", str(uid), "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "/bin/sh", "-c", shell]
+    argv += ["-S", str(uid), "-G", str(uid), "/bin/sh", "-c", shell]
     return command(*argv, timeout_s=timeout_s, check=check)
 
 
