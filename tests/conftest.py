@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,38 @@ if REPOSITORY not in sys.path:
 
 from tests.support.fixtures import *  # noqa: E402, F403
 
+WAITING = pytest.StashKey[int]()
+"""How many tests were left for the emulated machine."""
 TIERS = ("lint", "pure", "contract", "install", "node")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The directory names the tier; `-m node` selects by it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The directory names the tier; `-m node` selects by it. What needs the emulated machine waits for it, counted."""
     for item in items:
         tier = os.path.relpath(str(item.path), os.path.dirname(os.path.abspath(__file__))).split(os.sep)[0]
         if tier in TIERS:
             item.add_marker(tier)
+    if os.environ.get("ONELXC_IN_VM"):
+        return
+    waiting = [item for item in items if item.get_closest_marker("emulated")]
+    if waiting:
+        items[:] = [item for item in items if item not in waiting]
+        config.hook.pytest_deselected(items=waiting)
+        config.stash[WAITING] = len(waiting)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["waiting"] = len(waiting)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of xdist counted."""
+    node.config.stash[WAITING] = getattr(node, "workeroutput", {}).get("waiting", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    waiting = config.stash.get(WAITING, 0)
+    if waiting:
+        terminalreporter.write_line(f"{waiting} tests wait for tests/run --vm: this kernel may lack what they need")
 
 
 class AtOnce:

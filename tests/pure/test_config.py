@@ -99,6 +99,7 @@ def test_mistakes_in_the_defaults(tmp_path: Path, text: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        ('BLOCK_DEVICES = "/dev/sd*, /etc/x"', "BLOCK_DEVICES has a path that is not below /dev: '/etc/x'"),
         ('DATASTORES = [ "/a", "b" ]', "DATASTORES is not an absolute path: 'b'"),
         ("ID_BASE = 0", "ID_BASE and ID_COUNT do not fit between 65536 and 4294967294"),
         ("ID_COUNT = 65536", "ID_BASE and ID_COUNT do not fit between 65536 and 4294967294"),

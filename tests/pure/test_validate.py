@@ -193,3 +193,19 @@ def test_json_that_is_no_vm(change: dict[str, object], told: str) -> None:
     with pytest.raises(HelperError) as caught:
         validate.vm({"vm_id": 7, **change}, 7, HostConfig())
     assert told in str(caught.value)
+
+
+def test_a_link_to_a_device_leads_where_the_host_allows_it(store: Path) -> None:
+    def refused(target: str, *patterns: str) -> str:
+        (store / "7/disk.9").unlink(missing_ok=True)
+        (store / "7/disk.9").symlink_to(target)
+        with pytest.raises(StorageError) as caught:
+            validate.find(f"{store}/7/disk.9", HostConfig(datastores=(str(store),), block_devices=patterns)).close()
+        return str(caught.value)
+
+    assert "does not lie in a datastore" in refused("/dev/disk/by-id/none", "/dev/vg-one-*/lv-one-*")
+    assert "/dev/disk/by-id/none: No such file" in refused("/dev/disk/by-id/none", "/dev/sd*", "/dev/disk/by-id/n*")
+    assert "does not lie in a datastore" in refused("/dev/disk/by-id/none", "/dev/*"), "* stands for no /"
+    assert "does not lie in a datastore" in refused("/dev/vg/../../etc/passwd", "/dev/vg/*")
+    assert "/dev/null is no block device" in refused("/dev/null", "/dev/n*")
+    assert "/dev/fd/0 is no block device" in refused("/dev/fd/0", "/dev/fd/*")

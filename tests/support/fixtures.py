@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,16 @@ def form(request: pytest.FixtureRequest, installed: None) -> Iterator[dict[str, 
 
 
 @pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The busybox root as a directory, to be put into an image."""
+    path = tmp_path_factory.mktemp("tree") / "root"
+    path.mkdir()
+    path.chmod(0o755)
+    images.busybox_tree(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def bridge() -> Iterator[str]:
     """A Linux bridge of this machine, 10.77.0.1/24."""
     machine.command("ip", "link", "add", BRIDGE, "type", "bridge")
@@ -92,4 +103,4 @@ def bridge() -> Iterator[str]:
     machine.command("ip", "link", "delete", BRIDGE)
 
 
-__all__ = ["bridge", "clean", "driver", "form", "installed", "vm"]
+__all__ = ["bridge", "clean", "driver", "form", "installed", "tree", "vm"]

@@ -21,7 +21,7 @@ STAY = (
     "/run/onelxc/giveup",
     "/run/onelxc/hub",
     "/run/onelxc/console",
-    "/run/onelxc/io",  # one small file for each loop device that was ever used
+    "/run/onelxc/io",  # one small file for each block device that was ever used
     "/var/tmp/one",
 )
 PROCESSES_STAY = ("libvirtd", "onelxc-hub", "hub_daemon")
@@ -32,6 +32,7 @@ class Snapshot:
     domains: frozenset[str]
     mounts: frozenset[str]
     loops: frozenset[str]
+    nbds: frozenset[str]
     links: frozenset[str]
     cgroups: frozenset[str]
     processes: frozenset[str]
@@ -41,7 +42,7 @@ class Snapshot:
         """One line for each thing that is here and was not."""
         return [
             f"{kind}: {item}"
-            for kind in ("domains", "mounts", "loops", "links", "cgroups", "processes", "files")
+            for kind in ("domains", "mounts", "loops", "nbds", "links", "cgroups", "processes", "files")
             for item in sorted(getattr(self, kind) - getattr(before, kind))
         ]
 
@@ -98,6 +99,7 @@ def snapshot() -> Snapshot:
             if not mount.point.startswith("/run/user/")  # somebody logged in, to look into the emulated machine
         ),
         loops=frozenset(f"{name} {path}" for name, path in machine.loops().items()),
+        nbds=frozenset(f"{name} {named}" for name, named in machine.nbds().items()),
         links=frozenset(machine.links()),
         cgroups=frozenset(machine.cgroups()),
         processes=_processes(),

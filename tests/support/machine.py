@@ -4,7 +4,9 @@ libvirt, never of the driver that is being tested.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
 import os
 import re
 import struct
@@ -148,6 +150,15 @@ def loops() -> dict[str, str]:
         at = [mount.device for mount in here if path.startswith(mount.point.rstrip("/") + "/")]
         if at and at[-1] == device_number:
             found[name] = path
+    return found
+
+
+def nbds() -> dict[str, str]:
+    """Connected nbd devices with the name that they were connected for."""
+    found = {}
+    for directory in glob.glob("/sys/block/nbd*"):
+        with contextlib.suppress(OSError), open(f"{directory}/backend") as file:
+            found[os.path.basename(directory)] = file.read().strip()
     return found
 
 
