@@ -57,10 +57,14 @@ def domain(vm: Vm, prepared: Prepared) -> Element:
     return root
 
 
-def memory_limits(memory_kib: int, swap_kib: int, cgroup: int) -> tuple[int, int]:
-    """libvirt's hard_limit and swap_hard_limit in KiB. The second is memory and swap together on cgroup v1
-    (memory.memsw.limit_in_bytes), and on v2 what may be swapped (memory.swap.max): libvirt passes it on unchanged."""
-    return memory_kib, swap_kib if cgroup == 2 else memory_kib + swap_kib
+def swap_hard_limit(vm: Vm, prepared: Prepared) -> int | None:
+    """libvirt's limit of the name in KiB, memory and swap together (memory.memsw.limit_in_bytes of cgroup v1).
+
+    None where the kernel counts no swap, and on v2, where it is the helper's (see `root.swap`).
+    """
+    if prepared.cgroup == 2 or not prepared.swap_accounting:
+        return None
+    return vm.memory_kib + vm.swap_kib
 
 
 def cpu_shares(cpu: float, cgroup: int) -> int:
@@ -78,10 +82,10 @@ def cpu_quota_us(vcpu: int) -> int:
 
 def memtune(root: Element, vm: Vm, prepared: Prepared) -> None:
     """A hard limit although <memory> sets the same: changed live, this one survives a reboot from inside."""
-    hard, swap = memory_limits(vm.memory_kib, vm.swap_kib, prepared.cgroup)
     element = SubElement(root, "memtune")
-    _leaf(element, "hard_limit", str(hard), unit="KiB")
-    if prepared.swap_accounting:
+    _leaf(element, "hard_limit", str(vm.memory_kib), unit="KiB")
+    swap = swap_hard_limit(vm, prepared)
+    if swap is not None:
         _leaf(element, "swap_hard_limit", str(swap), unit="KiB")
 
 

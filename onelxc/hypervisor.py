@@ -343,8 +343,7 @@ class Domain:
 
     def set_memory(self, *, limit_kib: int, swap_limit_kib: int | None) -> None:
         """Set the memory limits of the running container. As a parameter, which unlike setMemory survives its reboot
-        and may exceed what it began with. `swap_limit_kib` as this host's control groups mean it: version 1 counts
-        memory and swap together, version 2 swap alone; None where the kernel counts no swap."""
+        and may exceed what it began with. `swap_limit_kib` is memory and swap together; None leaves it as it is."""
         values = {libvirt.VIR_DOMAIN_MEMORY_HARD_LIMIT: limit_kib}
         if swap_limit_kib is not None:
             values[libvirt.VIR_DOMAIN_MEMORY_SWAP_HARD_LIMIT] = swap_limit_kib

@@ -40,8 +40,7 @@ def resize(domain: Domain, before: Vm, vm: Vm, prepared: Prepared) -> None:
 
 
 def _set_memory(domain: Domain, vm: Vm, prepared: Prepared) -> None:
-    limit, swap = domainxml.memory_limits(vm.memory_kib, vm.swap_kib, prepared.cgroup)
-    domain.set_memory(limit_kib=limit, swap_limit_kib=swap if prepared.swap_accounting else None)
+    domain.set_memory(limit_kib=vm.memory_kib, swap_limit_kib=domainxml.swap_hard_limit(vm, prepared))
 
 
 def _set_cpu(domain: Domain, vm: Vm, prepared: Prepared) -> None:

@@ -18,7 +18,7 @@ def start(libvirt: Hypervisor, host: Session, vm: Vm, report: Report) -> None:
     prepared = host.prepare(vm)
     with lifecycle.quoting(host.console):
         lifecycle.start(libvirt, domainxml.render(vm, prepared), vm.deploy_id)
-    if any(nic.beyond_libvirt for nic in vm.nics):
+    if prepared.cgroup == 2 or any(nic.beyond_libvirt for nic in vm.nics):
         host.call("settle")
     host.commit()
     if vm.graphics is not None:

@@ -11,6 +11,7 @@ Reads, thaws and removes; who is killed when is `orphans`' part, what is frozen 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -185,10 +186,17 @@ def _owned(path: str, ids: range) -> bool:
         return False
 
 
+def limited(group: Group) -> str:
+    """Where libvirt sets a container's limits: on version 2 below systemd's unit, whose own limits are systemd's."""
+    below_unit = os.path.join(group.path, "libvirt")
+    return below_unit if os.path.isdir(below_unit) else group.path
+
+
 def write(path: str, name: str, text: str) -> None:
     """One control file of a group; a group that is gone meanwhile is no error."""
     try:
         with open(os.path.join(path, name), "w") as file:
             file.write(text)
-    except FileNotFoundError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise

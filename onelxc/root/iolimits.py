@@ -27,8 +27,6 @@ def set_limits(vm_id: int, device: str, limits: IoLimits) -> None:
             for name, value in wanted.items():
                 cgroups.write(group.path, f"blkio.throttle.{name}_device", f"{number} {value or 0}")
         elif not group.kind:
-            path = os.path.join(group.path, "libvirt")
-            path = path if os.path.isdir(path) else group.path
             words = {"rbps": "read_bps", "wbps": "write_bps", "riops": "read_iops", "wiops": "write_iops"}
             line = " ".join(f"{word}={wanted[name] or 'max'}" for word, name in words.items())
-            cgroups.write(path, "io.max", f"{number} {line}")
+            cgroups.write(cgroups.limited(group), "io.max", f"{number} {line}")

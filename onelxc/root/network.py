@@ -93,14 +93,6 @@ def detach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def settle_verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: the container of the staged or kept record has started."""
-    found = record.newest(work.vm_id)
-    if found is not None:
-        settle(found, work.log)
-    return {}
-
-
 def refresh(work: Work, found: record.Record) -> None:
     """After the container has restarted by itself (see `refresh`)."""
     with Namespace() as host:

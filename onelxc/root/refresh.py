@@ -12,11 +12,12 @@ import os
 from typing import Any
 
 from onelxc.errors import OneLxcError
-from onelxc.root import record
+from onelxc.root import network, record, swap
 from onelxc.root.work import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
     ("onelxc.root.hold", "refresh"),
+    ("onelxc.root.swap", "refresh"),
     ("onelxc.root.network", "refresh"),
     ("onelxc.root.livedisks", "refresh"),
 )
@@ -26,6 +27,15 @@ PARTS: tuple[tuple[str, str], ...] = (
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb, for actions that have restarted the container themselves, under the lock that the hub waits for."""
     refresh(work)
+    return {}
+
+
+def settle(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb, for a container that has just been started from the staged or kept record: what libvirt cannot do."""
+    found = record.newest(work.vm_id)
+    if found is not None:
+        swap.refresh(work, found)
+        network.settle(found, work.log)
     return {}
 
 

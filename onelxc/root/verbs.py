@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "attach_nic": ("onelxc.root.network", "attach_nic"),
     "old_nic": ("onelxc.root.network", "old_nic"),
     "detach_nic": ("onelxc.root.network", "detach_nic"),
-    "settle": ("onelxc.root.network", "settle_verb"),
+    "settle": ("onelxc.root.refresh", "settle"),
 }
 
 ONE_SHOT: dict[str, tuple[str, str]] = {

@@ -55,7 +55,11 @@ def test_limits(vm: NewVm) -> None:
     assert cgroup.cpu_quota(limits) == 2.0
     xml = machine.domain_xml(one.name)
     version2 = bool(limits.unified)
-    assert f"<swap_hard_limit unit='KiB'>{(16 if version2 else 112) * 1024}</swap_hard_limit>" in xml
+    if version2:
+        with open(f"{limits.unified}/memory.swap.max") as file:
+            assert file.read() == f"{16 << 20}\n"
+    else:
+        assert f"<swap_hard_limit unit='KiB'>{112 * 1024}</swap_hard_limit>" in xml
     assert f"<shares>{150 if version2 else 1536}</shares>" in xml
     assert one.inside("head -n 1 /proc/meminfo").split() == ["MemTotal:", "98304", "kB"]
 
