@@ -103,10 +103,15 @@ def reconnect(device: str, server: str) -> None:
         _reconfigure(device, (_SIZE, _u64(link.size)))
 
 
+def is_busy(device: str) -> bool:
+    """Whether requests are under way."""
+    return bool(set(_read(f"/sys/block/{os.path.basename(device)}/inflight").split()) - {"0"})
+
+
 def wait_until_idle(device: str) -> None:
     """Return when no request is under way. Whoever calls sees to it that none comes."""
     deadline = time.monotonic() + _ANSWER_S
-    while set(_read(f"/sys/block/{os.path.basename(device)}/inflight").split()) - {"0"}:
+    while is_busy(device):
         if time.monotonic() > deadline:
             raise StorageError(f"Cannot change the size of {device}: it does not come to rest")
         time.sleep(0.01)

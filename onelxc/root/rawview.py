@@ -11,12 +11,13 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from onelxc import command
 from onelxc.errors import CommandError, StorageError
 from onelxc.root import holders, iocounters, mounts, nbd, orphans
+from onelxc.root.journal import Entry
 from onelxc.root.qmp import Monitor
 from onelxc.root.work import Work
 
@@ -133,16 +134,19 @@ def give_back(work: Work, what: dict[str, Any]) -> None:
             os.unlink(path)
 
 
-def fail_lost(work: Work) -> bool:
-    """Whether some image of the VM has lost its daemon; whatever waits for that daemon's answer fails from now on."""
+def fail_lost(entries: Iterable[Entry]) -> bool:
+    """Whether one of these images (what a VM's journal holds) has lost its daemon. Requests that wait for its answer
+    fail then: who waits for a disk cannot be ended.
+    """
     lost = False
-    for entry in work.journal.held():
+    for entry in entries:
         place = str(entry.what.get("path"))
         if entry.kind == "qcow2" and _pid(place) is None:
             found = nbd.devices(place)
             lost = lost or bool(found) or mounts.is_mounted(place)
-            for device in found:
-                nbd.disconnect(device)
+            for device in filter(nbd.is_busy, found):
+                with contextlib.suppress(StorageError):
+                    nbd.disconnect(device)
     return lost
 
 

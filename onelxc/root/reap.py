@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from onelxc import names
 from onelxc.errors import HypervisorError, OneLxcError
 from onelxc.model import STATE, VmPaths
-from onelxc.root import cgroups, freezer, holders, hub, lock, orphans, record, release
-from onelxc.root.journal import Journal
+from onelxc.root import cgroups, freezer, holders, hub, lock, orphans, rawview, record, release
+from onelxc.root.journal import Entry, Journal
 from onelxc.root.work import Work
 
 if TYPE_CHECKING:
@@ -81,14 +81,16 @@ def _ours() -> list[int]:
 
 
 def _look(vm_id: int, groups: list[cgroups.Group], lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
-    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and not _left_unfinished(vm_id):
+    entries = Journal(VmPaths(vm_id).journal, "reap").held()
+    rawview.fail_lost(entries)
+    unfinished = _left_unfinished(vm_id, entries)
+    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and not unfinished:
         return _live_state(vm_id, groups)
     return _settle(vm_id, lost, config, log)
 
 
-def _left_unfinished(vm_id: int) -> bool:
+def _left_unfinished(vm_id: int, entries: list[Entry]) -> bool:
     """Whether a helper was killed amid something, which may keep the container frozen."""
-    entries = Journal(VmPaths(vm_id).journal, "reap").held()
     return any(not entry.committed for entry in entries) and lock.holder(vm_id) is None
 
 

@@ -61,8 +61,7 @@ def everything(work: Work) -> None:
     steps = _Steps()
     first = work.config.first_id(work.vm_id)
     steps.run(lambda: flushing.thaw(work.paths))
-    # a task that waits for a disk without a server does not die
-    steps.run(lambda: _fail_lost(work))
+    rawview.fail_lost(entries)
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
@@ -88,6 +87,7 @@ def _stop_vnc(vm_id: int) -> None:
 
 def undo(work: Work) -> None:
     """Give back what was taken and never committed, last in, first out; all there is where nothing was ever kept."""
+    rawview.fail_lost(work.journal.held())
     record.publish(work)
     if not os.path.exists(work.paths.record):
         if os.path.exists(work.paths.state) or os.path.exists(work.paths.mounts):
@@ -268,13 +268,9 @@ def _flush(work: Work, point: str) -> None:
     try:
         flushing.flush(point)
     except StorageError as error:
-        if not rawview.fail_lost(work):
+        if not rawview.fail_lost(work.journal.held()):
             raise
         work.log(f"{error}: the server of an image ({rawview.DAEMON}) was killed; what it had not written is lost")
-
-
-def _fail_lost(work: Work) -> None:
-    rawview.fail_lost(work)
 
 
 def unmount(work: Work, point: str) -> None:

@@ -130,6 +130,18 @@ def test_kept_over_poweroff_and_cold_migration(one: Vm) -> None:
     assert one.inside("cat /root/state") == "old\n"
 
 
+def test_an_image_with_a_daemon_of_its_own_goes_back_as_well(vm: NewVm, tmp_path: Path) -> None:
+    """qcow2 has what it needs to be understood in the memory of who shows it, until that is flushed."""
+    image = str(tmp_path / "image")
+    machine.command("qemu-img", "convert", "-O", "qcow2", images.busybox_ext4(), image)
+    one = vm(image).deployed().booted()
+    one.inside("echo old > /root/state")
+    create(one)
+    one.inside("echo new > /root/state")
+    revert(one)
+    assert one.booted(2).inside("cat /root/state") == "old\n"
+
+
 def test_persistent_images_of_shared_datastores_stay_links(one: Vm) -> None:
     one.act("shutdown").ok()
     target = f"/var/lib/one/datastores/1/{one.vm_id}-image"
