@@ -87,6 +87,7 @@ class HostConfig:
     privileged: bool = False
     raw: bool = False
     import_timeout_s: float = 3600.0
+    import_limit_mb: int | None = None
     fsck_timeout_s: float = 600.0
     exec_timeout_s: float = 3600.0
     cache_path: str = "/var/lib/onelxc/cache"
@@ -149,7 +150,8 @@ def defaults(remotes: str, driver: str) -> Defaults:
 def host(path: str = HOST_CONF) -> HostConfig:
     """The host's policy."""
     file = _File.read(path)
-    file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW", "IMPORT_TIMEOUT", "FSCK_TIMEOUT")
+    file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW")
+    file.allow("IMPORT_TIMEOUT", "IMPORT_LIMIT", "FSCK_TIMEOUT")
     file.allow("EXEC_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
     standard = HostConfig()
     found = HostConfig(
@@ -160,6 +162,7 @@ def host(path: str = HOST_CONF) -> HostConfig:
         privileged=file.yes("PRIVILEGED", standard.privileged),
         raw=file.yes("RAW", standard.raw),
         import_timeout_s=file.number("IMPORT_TIMEOUT", standard.import_timeout_s),
+        import_limit_mb=file.whole("IMPORT_LIMIT", 0) or None,
         fsck_timeout_s=file.number("FSCK_TIMEOUT", standard.fsck_timeout_s),
         exec_timeout_s=file.number("EXEC_TIMEOUT", standard.exec_timeout_s),
         cache_path=file.path_key("CACHE", "DIRECTORY", standard.cache_path),

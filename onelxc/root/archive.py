@@ -39,6 +39,13 @@ class Archive:
     compression: str
     end: int
     unpacked: int | None = None
+    zeros: int = 0
+    """So many of these bytes, at their end, are zero and may be padding."""
+
+    @property
+    def content(self) -> int:
+        """How many bytes tell it from other archives, padded or not."""
+        return self.end - self.zeros
 
     @property
     def decompressor(self) -> tuple[str, ...]:
@@ -87,7 +94,7 @@ def _measure(fd: int, compression: str) -> Archive:
     # gzip and bzip2 pass over zeros behind their last byte, which may be zero itself; tar ends at its own zero blocks.
     end = min(size, last + 1 + _SPARE_ZEROS)
     unpacked = _gzip_unpacked(fd, last, size) if compression == "gzip" else last + 1 if compression == "plain" else None
-    return Archive(compression, end, unpacked)
+    return Archive(compression, end, unpacked, zeros=end - last - 1)
 
 
 def _last_nonzero(fd: int, size: int) -> int:

@@ -67,7 +67,8 @@ def _in_jail(device: str, argv: tuple[str, ...], ok: tuple[int, ...], doing: str
     try:
         outcome = jail.on_device(device, (*argv, jail.DEVICE), limit_s=limit_s)
     except StorageError as error:
-        raise StorageError(f"Cannot {doing}: {argv[0]}: {error}") from error
+        said = str(error).replace(jail.DEVICE, device)
+        raise StorageError(f"Cannot {doing}: {argv[0]}: {said}") from error
     text = f"{outcome.stdout}\n{outcome.stderr}".replace(jail.DEVICE, device)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if outcome.status not in ok:

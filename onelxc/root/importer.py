@@ -69,7 +69,7 @@ class Limits:
 
     seconds: float = 1800.0
     largest_mb: int | None = None
-    """What an archive without a DISK/SIZE may unpack to at most; None leaves it to the archive's own size."""
+    """What an archive may unpack to where DISK/SIZE is not larger; None leaves it to the archive's own size."""
 
 
 def import_archive(
@@ -143,8 +143,8 @@ class _Import:
                 content = self._fill(image, size)
                 final = self._fit(image, size, max(wanted, content + content // 8 + _SLACK))
                 if self.cache is not None:
-                    sha256 = self.sha256 or caches.digest(self.fd, self.archive.end, self.abort)
-                    self.cache.add(self.archive.end, sha256, image, self.size_mb or 0, self.abort)
+                    sha256 = self.sha256 or caches.digest(self.fd, self.archive.content, self.abort)
+                    self.cache.add(self.archive.content, sha256, image, self.size_mb or 0, self.abort)
                 self._replace(image)
             except _TooSmall:
                 continue
@@ -163,19 +163,23 @@ class _Import:
 
     def _from_cache(self) -> bool:
         """Start from the image of an earlier import, if there is one. Its trouble is not the deploy's."""
-        if self.cache is None or not self.cache.may_hold(self.archive.end):
+        if self.cache is None or self.cache.max_mb <= 0:
             return False
         began = time.monotonic()
-        found = self.cache.find(
-            self.archive.end, caches.digest(self.fd, self.archive.end, self.abort), self.size_mb or 0
-        )
+        found = None
+        if self.cache.may_hold(self.archive.content):
+            sha256 = caches.digest(self.fd, self.archive.content, self.abort)
+            found = self.cache.find(self.archive.content, sha256, self.size_mb or 0)
         if found is None:
             self.log("import cache: miss")
             return False
         image = -1
         try:
             image = self._temporary()
-            shared = copies.copy(found, image, self.abort)
+            shared = copies.clone(found, image)
+            if not shared:
+                self._look_for_space(os.fstat(found).st_blocks * 512)
+                copies.copy(found, image, self.abort)
             self._replace(image)
         except (OSError, StorageError) as error:
             self.log(f"import cache: a hit that could not be used: {error}")
@@ -199,14 +203,16 @@ class _Import:
         honest = (
             self.limits.largest_mb * _MIB if self.limits.largest_mb else _BOMB_FACTOR * self.archive.end + _BOMB_FLOOR
         )
+        self._look_for_space(self.archive.unpacked if self.archive.unpacked is not None else self.archive.end)
+        return max(_round(honest), wanted)
+
+    def _look_for_space(self, need: int) -> None:
         space = os.fstatvfs(self.dir_fd)
         free = space.f_bavail * space.f_frsize - _RESERVE
-        need = self.archive.unpacked if self.archive.unpacked is not None else self.archive.end
         if free < need:
             raise StorageError(
                 f"no space left: it needs {(need >> 20) + 1} MiB in the datastore, {max(free, 0) >> 20} MiB are free"
             )
-        return max(_round(honest), wanted)
 
     def _beyond(self, largest: int, unpacked: int | None) -> str:
         what = f"{unpacked >> 20} MiB" if unpacked else "the archive's content"
@@ -322,14 +328,15 @@ class _Import:
 
     def _chunks(self) -> Iterator[bytes]:
         sha = hashlib.sha256()
+        known = self.archive.content if self.cache is not None and self.cache.max_mb > 0 else 0
         position = 0
         while position < self.archive.end:
             chunk = os.pread(self.fd, min(_CHUNK, self.archive.end - position), position)
             if not chunk:
                 return
+            if position < known:
+                sha.update(memoryview(chunk)[: known - position])
             position += len(chunk)
-            if self.cache is not None:
-                sha.update(chunk)
             yield chunk
         self.sha256 = sha.hexdigest()
 

@@ -39,6 +39,7 @@ _CAPABILITIES = (
 )
 _NOBODY = 65534
 _TEXT_LIMIT = 256 << 10
+_SAID = 500
 _TICK_MS = 200
 _F_SETPIPE_SZ = 1031
 
@@ -114,7 +115,7 @@ def _run(  # noqa: PLR0917
     said = {name: data.decode(errors="replace") for name, data in texts.items()}
     words = said["status"].split()
     if len(words) != 2:
-        raise StorageError(f"Cannot unpack in a jail: {' '.join(said['err'].split()) or 'it ended without a word'}")
+        raise StorageError(f"{argv[0]} did not run: {' '.join(said['err'].split()) or 'it ended without a word'}")
     return Outcome(int(words[0]), int(words[1]), said["filter_err"], said["err"], said["out"])
 
 
@@ -154,7 +155,8 @@ def _pump(
                 texts["status"] = b"-9 -9"
                 return texts
             if now > deadline:
-                raise StorageError(f"Cannot unpack: no end after {limit_s:g} s")
+                said = " ".join((texts["out"] + texts["err"]).decode(errors="replace").split())
+                raise StorageError(f"no end after {limit_s:g} s" + (f": {said[:_SAID]}" if said else ""))
         for fd, _ in events:
             name = names[fd]
             done = False

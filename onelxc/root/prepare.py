@@ -132,7 +132,7 @@ def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> 
         init=init,
         log=work.log,
         abort=_carry_on,
-        limits=importer.Limits(seconds=work.config.import_timeout_s),
+        limits=importer.Limits(work.config.import_timeout_s, work.config.import_limit_mb),
         cache=cache.Cache(work.config.cache_path, work.config.cache_max_mb, work.log),
     )
     work.journal.gave_back(taken)

@@ -201,18 +201,6 @@ def test_siblings_run_at_once_and_grow(vm: NewVm, tree: Path, tmp_path: Path, ki
     assert kib[1] - kib[0] > 150 << 10
 
 
-def test_killed_containers_lose_nothing_that_was_synced(vm: NewVm) -> None:
-    """kill -9 of the container; the image is flushed and let go of before anybody may copy it."""
-    one = vm(images.busybox_ext4()).deployed().booted()
-    one.inside("echo kept > /root/kept; sync")
-    os.kill(machine.init_pid(one.name), 9)
-    one.act("cancel").ok()
-    assert loops.loops_of(one.path("disk.0")) == ()
-    assert "clean" in sh("dumpe2fs", "-h", one.path("disk.0"))
-    one.deployed().booted(2)
-    assert one.inside("cat /root/kept") == "kept\n"
-
-
 def test_an_unclean_file_system_is_repaired_first_and_a_broken_one_told(vm: NewVm, tmp_path: Path) -> None:
     one = vm(images.busybox_ext4())
     path = one.path("disk.0")

@@ -188,7 +188,7 @@ def test_list_and_empty(place: Path) -> None:
     deploy(place, archive())
     text = caches.main(["list"], str(place / "cache"), 1000)
     assert "1 images" in text
-    assert "archive of 10240 bytes" in text
+    assert f"archive of {len(archive().rstrip(bytes(1)))} bytes" in text
     assert "set free" in caches.main(["empty"], str(place / "cache"), 1000)
     assert os.listdir(place / "cache") == []
 
