@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from onelxc import command
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.root import archive as archives
 from onelxc.root import cache as caches
-from onelxc.root import copies, filesystems, jail, layout, loops, rootfs, syscalls
+from onelxc.root import copies, filesystems, jail, layout, loops, rootfs, writeout
 
 Log = Callable[[str], None]
 
@@ -252,29 +253,24 @@ class _Import:
         with loops.attach(image, name=self.name) as loop:
             mount_fd = filesystems.mount(loop.path, "ext4", read_only=False, nodev=True, options=options)
         try:
-            with contextlib.suppress(OSError):
-                os.rmdir("lost+found", dir_fd=mount_fd)
-            if self.archive.compression == "squashfs":
-                self._copy(mount_fd)
-            else:
-                self._unpack(mount_fd)
-            layout.hoist(mount_fd)
-            if self.init is not None:
-                rootfs.find_init(mount_fd, self.init)
-            self._write_out(mount_fd)
+            with writeout.WriteOut(mount_fd, image) as out:
+                with contextlib.suppress(OSError):
+                    os.rmdir("lost+found", dir_fd=mount_fd)
+                if self.archive.compression == "squashfs":
+                    self._copy(mount_fd, out)
+                else:
+                    self._unpack(mount_fd, out)
+                layout.hoist(mount_fd)
+                if self.init is not None:
+                    rootfs.find_init(mount_fd, self.init)
+                try:
+                    out.finish()
+                except OSError as error:
+                    self._no_space_or(f"writing the image failed: {error.strerror}")
             space = os.fstatvfs(mount_fd)
             return size - space.f_bfree * space.f_frsize
         finally:
             os.close(mount_fd)
-
-    def _write_out(self, mount_fd: int) -> None:
-        root = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            syscalls.syncfs(root)
-        except OSError as error:
-            self._no_space_or(f"writing the image failed: {error.strerror}")
-        finally:
-            os.close(root)
 
     def _no_space_or(self, text: str) -> None:
         self._watch_space(4 * _RESERVE)
@@ -285,12 +281,15 @@ class _Import:
         if space.f_bavail * space.f_frsize < reserve:
             raise StorageError("no space left in the datastore while unpacking")
 
-    def _unpack(self, mount_fd: int) -> None:
-        def watch(stderr: str) -> bool:
-            self.abort()
-            self._watch_space()
-            return _NO_SPACE.search(stderr) is not None
+    def _watch(self, out: writeout.WriteOut, stderr: str) -> bool:
+        """Several times a second while the jail is at work. True: no more of it."""
+        self.abort()
+        self._watch_space()
+        out.begin()
+        return _NO_SPACE.search(stderr) is not None
 
+    def _unpack(self, mount_fd: int, out: writeout.WriteOut) -> None:
+        watch = functools.partial(self._watch, out)
         outcome = jail.unpack(
             mount_fd, _TAR, self.archive.decompressor, self._chunks(), watch, limit_s=self.limits.seconds
         )
@@ -307,14 +306,9 @@ class _Import:
         if "** Block of NULs **" not in outcome.stdout:
             raise StorageError("the archive is truncated: it has no end-of-archive mark")
 
-    def _copy(self, mount_fd: int) -> None:
+    def _copy(self, mount_fd: int, out: writeout.WriteOut) -> None:
         """Out of a squashfs: the kernel reads it, cp writes what it finds."""
-
-        def watch(stderr: str) -> bool:
-            self.abort()
-            self._watch_space()
-            return _NO_SPACE.search(stderr) is not None
-
+        watch = functools.partial(self._watch, out)
         with loops.attach(self.fd, read_only=True, name=self.name) as loop:
             source = filesystems.mount(loop.path, "squashfs", read_only=True, nodev=True)
         try:

@@ -36,6 +36,7 @@ RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RE
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 
+_SYNC_FILE_RANGE_WRITE = 2
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _CLOEXEC = 1
 _OPENAT2_TRIES = 1000
@@ -228,6 +229,13 @@ def syncfs(fd: int) -> None:
     ctypes.set_errno(0)
     if _libc.syncfs(_int(fd)) != 0:
         raise _failed("file system")
+
+
+def start_write_back(fd: int) -> None:
+    """Let the kernel begin to write a file's pages to the disk, waiting for none: sync_file_range(2)."""
+    ctypes.set_errno(0)
+    if _libc.sync_file_range(_int(fd), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)):
+        raise _failed("file")
 
 
 def pidfd_open(pid: int) -> int:

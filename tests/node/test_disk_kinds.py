@@ -312,6 +312,7 @@ esac
 
 
 def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path) -> None:
+    """One with a partition table, which its transfer manager enlarges while the VM is powered off."""
     ceph = Path("/srv/ceph")
     ceph.mkdir(parents=True)
     (ceph / "mapped").touch()
@@ -320,15 +321,17 @@ def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path) -> None:
     rbd.chmod(0o755)
     try:
         one = vm(None)
-        filled(ceph / f"one-7-{one.vm_id}-0", tree, "ext4", 64)
+        image = partitioned(ceph / f"one-7-{one.vm_id}-0", tree, "gpt", LAST)
         ceph_disk = {"SOURCE": "one/one-7", "TYPE": "RBD", "DISK_TYPE": "RBD", "CLONE": "YES", "CEPH_USER": "libvirt"}
         one.disks.append({"DISK_ID": 0, "TARGET": "sda", **ceph_disk})
         one.deployed().booted().inside("echo kept > /root/kept")
         assert "--id libvirt" in (ceph / "calls").read_text()
         one.act("shutdown").ok()
         assert (ceph / "mapped").read_text() == ""
+        os.truncate(image, 300 << 20)
         one.deployed().booted(2)
         assert one.inside("cat /root/kept") == "kept\n"
+        assert int(one.inside("df -k / | tail -n 1 | awk '{print $2}'")) > 200 << 10
         one.act("cancel").ok()
         assert (ceph / "mapped").read_text() == ""
         one.disks[0]["SOURCE"] = "one/none"

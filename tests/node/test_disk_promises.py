@@ -19,10 +19,11 @@ import pytest
 from onelxc.errors import StorageError
 from onelxc.root import idmap, loops, syscalls
 from tests.node.test_bad_input import refused
-from tests.node.test_disk_kinds import VERBOSE, XFS_MB, NewVm, empty, make, mounted, partitioned, sh
+from tests.node.test_disk_kinds import VERBOSE, XFS_MB, NewVm
 from tests.node.test_life import configured
 from tests.node.test_live_disks import limits_of
 from tests.support import hostconf, images, machine
+from tests.support.diskimages import empty, make, mounted, partitioned, sh
 from tests.support.frontends import MONITORD
 from tests.support.vms import Vm
 from tests.support.waiting import wait_until

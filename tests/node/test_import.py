@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from onelxc.errors import GiveUpError, StorageError
-from onelxc.root import importer, loops, mounts
+from onelxc.root import filesystems, importer, loops, mounts, syscalls, writeout
+from tests.support.waiting import wait_until
 
 COMPRESSIONS = {
     "plain": (),
@@ -403,6 +404,36 @@ def test_no_space_left(tree: Path, tmp_path: Path) -> None:
     finally:
         sh("umount", str(small))
         small.rmdir()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_is_unpacked_is_written_meanwhile_and_a_failure_is_heard_at_the_end(place: Path, fits: bool) -> None:
+    """Also when it was met, and with that forgotten by the kernel, before."""
+    sh("mount", "-t", "tmpfs", "-o", f"size={64 if fits else 8}m", "small", str(place))
+    try:
+        with open(place / "image", "w+b") as image:
+            image.truncate(48 << 20)
+            sh("mkfs.ext4", "-q", str(place / "image"))
+            with loops.attach(image.fileno()) as loop:
+                mount = filesystems.mount(loop.path, "ext4", read_only=False, nodev=True)
+            before = os.stat(image.fileno()).st_blocks
+            with writeout.WriteOut(mount, image.fileno()) as out:
+                top = syscalls.openat2(mount, ".", os.O_RDONLY | os.O_DIRECTORY)
+                with open(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=top), "wb") as file:
+                    file.write(os.urandom(20 << 20))
+                os.close(top)
+                out.begin()
+                if fits:
+                    wanted = before + (19 << 20) // 512
+                    wait_until(lambda: os.stat(image.fileno()).st_blocks > wanted, "it is in the image")
+                    out.finish()
+                else:
+                    wait_until(lambda: not out.at_work, "the thread has met the error")
+                    with pytest.raises(OSError):
+                        out.finish()
+            os.close(mount)
+    finally:
+        sh("umount", str(place))
 
 
 def test_a_datastore_without_unnamed_files(place: Path, tree: Path) -> None:
