@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LIMIT = 1024 * 1024
 KEEP_S = 14 * 24 * 3600
 """How long the log of a VM that is no longer here is kept."""
+HEARD_S = 0.5
+"""How long the hub may take to write down what was said last."""
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 
@@ -87,7 +89,10 @@ def tail(vm_id: int, lines: int = 10) -> tuple[str, ...]:
 
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"lines": [...]}`, for the error of a container that did not start."""
-    return {"lines": list(tail(work.vm_id))}
+    deadline = time.monotonic() + HEARD_S
+    while not (lines := tail(work.vm_id)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {"lines": list(lines)}
 
 
 def expire(now: float | None = None) -> None:
