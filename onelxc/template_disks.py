@@ -51,9 +51,9 @@ def disk(fields: Fields, number: int, vm_id: int, vm_dir: str) -> Disk:
     path = posixpath.join(vm_dir, f"disk.{disk_id}")
     ceph = "RBD" in (fields.text("DISK_TYPE").upper(), fields.text("TYPE").upper())
     if ceph:
-        # the transfer manager's clones are named after VM and disk (src/tm_mad/ceph/clone)
-        name = f"{source}-{vm_id}-{disk_id}" if fields.yes("CLONE") or kind != "image" else source
-        path = f"rbd:{name}"
+        # as the transfer manager names them (src/tm_mad/ceph/clone and mkimage): a clone, or a volatile disk
+        name = source if source else f"{fields.text('POOL_NAME') or 'one'}/one-sys"
+        path = f"rbd:{name}-{vm_id}-{disk_id}" if fields.yes("CLONE") or not source else f"rbd:{name}"
     target = fields.text("TARGET")
     if target.startswith("/"):
         target = posixpath.normpath("/" + target.lstrip("/"))

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import time
 from typing import Any
 
-from onelxc import model
+from onelxc import kernelfile, model
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk
-from onelxc.root import filesystems, inside, loops, mounts, rawview, record, snapshots, validate
+from onelxc.root import filesystems, inside, loops, mounts, rawview, rbd, record, snapshots, validate
 from onelxc.root.work import Work
 
 _MIB = 1 << 20
+_HEARD_S = 30.0
 
 
 def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
@@ -51,10 +53,14 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
         raise StorageError(
             f"Cannot resize disk {disk.disk_id} to {size_mb} MB: it has {before >> 20} MB and does not shrink"
         )
+    if disk.path.startswith(rbd.PREFIX):
+        if before < size_mb * _MIB:
+            rbd.resize(disk, size_mb)
+            _hear_of_it(disk, device, size_mb)
+        return before
     with validate.find(disk.path, work.config) as image:
-        if not stat.S_ISREG(image.status.st_mode):
-            # a volume, which its transfer manager has enlarged; a loop is over one of its partitions
-            if loops.backing_identity(device) is not None and before < size_mb * _MIB:
+        if not stat.S_ISREG(image.status.st_mode):  # a volume, which its transfer manager has enlarged
+            if before < size_mb * _MIB and _is_a_part(device):
                 raise _partitioned(disk)
             return before
         shown = rawview.device_of(work, image.status)
@@ -72,6 +78,22 @@ def _enlarge(work: Work, disk: Disk, device: str, size_mb: int) -> int:
     if mounts.device_bytes(device) < size_mb * _MIB:
         raise _partitioned(disk)
     return before
+
+
+def _hear_of_it(disk: Disk, device: str, size_mb: int) -> None:
+    """The cluster tells the kernel that an image has grown, after a while; but a loop is over one of its partitions."""
+    if _is_a_part(device):
+        raise _partitioned(disk)
+    deadline = time.monotonic() + _HEARD_S
+    while mounts.device_bytes(device) < size_mb * _MIB:
+        if time.monotonic() > deadline:
+            raise StorageError(f"Cannot resize disk {disk.disk_id}: {device} still has its old size")
+        time.sleep(0.05)
+
+
+def _is_a_part(device: str) -> bool:
+    """Whether what is mounted is a loop over a partition."""
+    return bool(kernelfile.number(f"/sys/block/{os.path.basename(device)}/loop/offset"))
 
 
 def _partitioned(disk: Disk) -> NotSupportedError:

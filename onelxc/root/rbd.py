@@ -45,6 +45,12 @@ def open_image(work: Work, disk: Disk) -> int:
     return fd
 
 
+def resize(disk: Disk, size_mb: int) -> None:
+    """Enlarge the image of a running VM, which its transfer manager leaves to us (src/tm_mad/ceph/resize)."""
+    image = disk.path[len(PREFIX) :]
+    _run(["rbd", "resize", "--size", str(size_mb), image, *_options(disk)], f"resize the Ceph image {image}")
+
+
 def _options(disk: Disk) -> list[str]:
     options = []
     if disk.ceph_user:
@@ -81,7 +87,11 @@ def _mapped(image: str, options: list[str]) -> str | None:
 
 
 def _rbd(words: list[str], doing: str) -> str:
+    return _run(["rbd", "device", *words], doing)
+
+
+def _run(argv: list[str], doing: str) -> str:
     try:
-        return command.run(["rbd", "device", *words], timeout_s=_MAP_S, verb=doing).decode(errors="replace")
+        return command.run(argv, timeout_s=_MAP_S, verb=doing).decode(errors="replace")
     except CommandError as error:
         raise StorageError(str(error)) from error

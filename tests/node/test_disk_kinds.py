@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -301,6 +301,10 @@ FAKE_RBD = """#!/bin/sh
 # as far as `rbd device` is used: the cluster is a directory of images, its devices are loops
 cd /srv/ceph || exit 2
 echo "$*" >> /srv/ceph/calls
+if [ "$1" = resize ]; then
+    truncate -s "$3M" "${4#*/}" && losetup -c "$(sed -n "s,^${4#*/} ,,p" mapped)"
+    exit
+fi
 case "$2" in
 map) shift 2; for word; do case $word in */*) image=${word#*/};; esac; done
      [ -e "$image" ] || { echo "rbd: error opening image $image: (2) No such file or directory" >&2; exit 2; }
@@ -311,36 +315,57 @@ esac
 """  # noqa: E501
 
 
-def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path) -> None:
-    """One with a partition table, which its transfer manager enlarges while the VM is powered off."""
-    ceph = Path("/srv/ceph")
-    ceph.mkdir(parents=True)
-    (ceph / "mapped").touch()
+@pytest.fixture
+def ceph() -> Iterator[Path]:
+    """A cluster with one pool."""
+    cluster = Path("/srv/ceph")
+    cluster.mkdir(parents=True)
+    (cluster / "mapped").touch()
     rbd = Path("/usr/local/sbin/rbd")
     rbd.write_text(FAKE_RBD)
     rbd.chmod(0o755)
-    try:
-        one = vm(None)
-        image = partitioned(ceph / f"one-7-{one.vm_id}-0", tree, "gpt", LAST)
-        ceph_disk = {"SOURCE": "one/one-7", "TYPE": "RBD", "DISK_TYPE": "RBD", "CLONE": "YES", "CEPH_USER": "libvirt"}
-        one.disks.append({"DISK_ID": 0, "TARGET": "sda", **ceph_disk})
-        one.deployed().booted().inside("echo kept > /root/kept")
-        assert "--id libvirt" in (ceph / "calls").read_text()
-        one.act("shutdown").ok()
-        assert (ceph / "mapped").read_text() == ""
-        os.truncate(image, 300 << 20)
-        one.deployed().booted(2)
-        assert one.inside("cat /root/kept") == "kept\n"
-        assert int(one.inside("df -k / | tail -n 1 | awk '{print $2}'")) > 200 << 10
-        one.act("cancel").ok()
-        assert (ceph / "mapped").read_text() == ""
-        one.disks[0]["SOURCE"] = "one/none"
-        assert "No such file or directory" in one.driver.message(one.deploy())
-        one.disks[0]["CEPH_CONF"] = "/tmp/mine.conf"
-        assert "has to lie in /etc/ceph" in one.driver.message(one.deploy())
-    finally:
-        rbd.unlink()
-        shutil.rmtree(ceph)
+    yield cluster
+    rbd.unlink()
+    shutil.rmtree(cluster)
+
+
+CEPH = {"TYPE": "RBD", "DISK_TYPE": "RBD", "CLONE": "YES", "CEPH_USER": "libvirt"}
+
+
+def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path, ceph: Path) -> None:
+    """One with a partition table, which its transfer manager enlarges while the VM is powered off."""
+    one = vm(None)
+    image = partitioned(ceph / f"one-7-{one.vm_id}-0", tree, "gpt", LAST)
+    one.disks.append({"DISK_ID": 0, "TARGET": "sda", "SOURCE": "one/one-7", **CEPH})
+    one.deployed().booted().inside("echo kept > /root/kept")
+    assert "--id libvirt" in (ceph / "calls").read_text()
+    one.act("shutdown").ok()
+    assert (ceph / "mapped").read_text() == ""
+    os.truncate(image, 300 << 20)
+    one.deployed().booted(2)
+    assert one.inside("cat /root/kept") == "kept\n"
+    assert int(one.inside("df -k / | tail -n 1 | awk '{print $2}'")) > 200 << 10
+    one.act("cancel").ok()
+    assert (ceph / "mapped").read_text() == ""
+    one.disks[0]["SOURCE"] = "one/none"
+    assert "No such file or directory" in one.driver.message(one.deploy())
+    one.disks[0]["CEPH_CONF"] = "/tmp/mine.conf"
+    assert "has to lie in /etc/ceph" in one.driver.message(one.deploy())
+
+
+@pytest.mark.generation(MONITORD)
+def test_a_ceph_image_grows_while_mounted(vm: NewVm, ceph: Path) -> None:
+    """Its transfer manager leaves that to the driver; a volatile disk, which has a name of its own in the pool."""
+    one = vm(images.busybox_ext4())
+    empty(ceph / f"one-sys-{one.vm_id}-1", XFS_MB)
+    volatile = {"TYPE": "fs", "FORMAT": "raw", "FS": "xfs", "DISK_TYPE": "RBD", "POOL_NAME": "one"}
+    one.disks.append({"DISK_ID": 1, "TARGET": "sdb", "SIZE": str(XFS_MB), **volatile})
+    one.deployed().booted().inside("echo kept > /media/one-disk.1/file")
+    one.act("resize_disk", 1, 500, "b64", lcm_state=62).ok()
+    assert int(one.inside("df -k /media/one-disk.1 | tail -n 1 | awk '{print $2}'")) > 400 << 10
+    assert one.inside("cat /media/one-disk.1/file") == "kept\n"
+    one.act("cancel").ok()
+    assert (ceph / "mapped").read_text() == ""
 
 
 @pytest.mark.generation(MONITORD)

@@ -185,14 +185,22 @@ def test_fsck_has_its_time_and_no_more(vm: NewVm) -> None:
     sh("debugfs", "-w", "-R", "set_super_value state 0", str(path))
     one.give(str(path))
     one.disks.append({"DISK_ID": 1, "TARGET": "sdb"})
+    doing = "check an image that was not unmounted cleanly: e2fsck: no end after 0.5 s: /dev/loop"
     with hostconf.with_line("FSCK_TIMEOUT = 0.5"):
-        outcome = one.deploy()
-    assert outcome.code == 1
-    said = one.driver.message(outcome)
-    assert "check an image that was not unmounted cleanly: e2fsck: no end after 0.5 s: /dev/loop" in said, said
-    assert "was not cleanly unmounted, check forced" in said
-    assert loops.loops_of(one.path("disk.1")) == ()
-    assert not [pid for pid in machine.pids() if machine.command_line(pid).startswith("e2fsck")]
+        refused(one, one.deploy, f"{doing}.* was not cleanly unmounted, check forced", mounted=True)
+
+
+def test_a_disk_that_fails_leaves_nothing_of_those_before_it(vm: NewVm, tmp_path: Path) -> None:
+    one = vm(images.busybox_ext4())
+    for kind, size in (("xfs", XFS_MB), ("btrfs", 128)):
+        make(kind, str(empty(tmp_path / kind, size)))
+        one.add_disk(str(tmp_path / kind))
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    one.add_disk(str(qcow2_of(tmp_path / "qcow2", tree)), FORMAT="qcow2")
+    one.add_disk(str(partitioned(tmp_path / "gpt", tree, "gpt", {"data": 32})))
+    one.add_disk(str(empty(tmp_path / "none", 8)))
+    refused(one, one.deploy, r"mount .*/disk\.5: there is no file system in it", mounted=True)
 
 
 @pytest.mark.parametrize("before", ["never seen", "seen before"])

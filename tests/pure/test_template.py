@@ -290,6 +290,13 @@ def test_ceph(clone: str, path: str) -> None:
     assert (disk.path, disk.ceph_user) == (path, "libvirt")
 
 
+@pytest.mark.parametrize(("said", "pool"), [({"POOL_NAME": "fast"}, "fast"), ({}, "one")])
+def test_a_volatile_disk_on_ceph(said: dict[str, object], pool: str) -> None:
+    root = {"DISK_ID": 0, "SOURCE": "x"}
+    volatile = {"DISK_ID": 1, "TYPE": "fs", "FORMAT": "raw", "FS": "ext4", "DISK_TYPE": "RBD", **said}
+    assert vm(DISK=[root, volatile]).data_disks[0].path == f"rbd:{pool}/one-sys-24-1"
+
+
 def test_context_is_the_disk_after_the_last_one() -> None:
     got = vm(DISK=[DISK, {"DISK_ID": 4}], CONTEXT={"X": "y"})
     assert got.context is not None
