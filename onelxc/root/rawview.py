@@ -25,6 +25,8 @@ DAEMON = "qemu-storage-daemon"
 TOP = "top"
 """The node-name of the image that is to be shown."""
 _END_S = 60.0
+_EXEMPT = "import os, sys; os.execvp(sys.argv[1], ['@' + sys.argv[1], *sys.argv[2:]])"
+"""systemd-shutdown spares programs whose name begins so (systemd.io/ROOT_STORAGE_DAEMONS)."""
 _PATIENCE_S = 120
 """How long a disk waits for its connection while it grows. A helper that was killed is undone by the next probe."""
 
@@ -59,7 +61,8 @@ def show(
         for left in (f"{socket}.qmp", f"{socket}.nbd"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
-        command.run([*argv, "--daemonize", "--pidfile", _pid_file(place)], pass_fds=tuple(fds), verb=doing)
+        argv += ["--daemonize", "--pidfile", _pid_file(place)]
+        command.run([*_outliving(), *argv], pass_fds=tuple(fds), verb=doing)
         with Monitor(f"{socket}.qmp") as daemon:
             shown = None
             if nbd.available():
@@ -148,6 +151,16 @@ def fail_lost(entries: Iterable[Entry]) -> bool:
                 with contextlib.suppress(StorageError):
                     nbd.disconnect(device)
     return lost
+
+
+def _outliving() -> list[str]:
+    """What a daemon's command line begins with where systemd is: it belongs to no login (the action's ends, and logind
+    may kill what it leaves), and goes last when the host goes down, after what is mounted from it.
+    """
+    if not os.path.isdir("/run/systemd/system"):
+        return []
+    scope = ["systemd-run", "--quiet", "--scope", "--collect", "--property=DefaultDependencies=no"]
+    return [*scope, "/usr/bin/python3", "-I", "-c", _EXEMPT]
 
 
 def _export(daemon: Monitor, *, writable: bool) -> None:

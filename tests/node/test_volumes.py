@@ -128,7 +128,8 @@ def test_a_helper_killed_while_a_qcow2_grows_leaves_it_in_working_order(vm: NewV
     one = vm(packed(filled(tmp_path / "image", tree, "ext4", 64))).deployed().booted()
     action = one.start("resize_disk", 0, 200, "b64", lcm_state=62)
     journal = Path(f"/var/lib/onelxc/vms/{one.vm_id}/journal")
-    wait_until(lambda: '"take":"nbd"' in journal.read_text(), "it grows", interval_s=0.001)
+    wait_until(lambda: action.ended or '"take":"nbd"' in journal.read_text(), "it grows", timeout_s=300)
+    assert not action.ended, action.wait()
     kill_helper(one)
     assert action.wait().code != 0
     one.act("resize_disk", 0, 200, "b64", lcm_state=62).ok()
@@ -157,7 +158,8 @@ def test_a_helper_killed_during_deploy_leaves_nothing(
         "the mount": lambda: any(f"/mnt/{one.vm_id}/" in mount.point for mount in machine.mounts()),
     }
     action = one.start_deploy()
-    wait_until(reached[moment], moment, interval_s=0.001)
+    wait_until(lambda: action.ended or reached[moment](), moment, timeout_s=300)
+    assert not action.ended, action.wait()
     kill_helper(one)
     assert action.wait().code != 0
     one.act("cancel").ok()
@@ -173,6 +175,7 @@ def test_a_daemon_that_is_killed_costs_its_vm_only(vm: NewVm, tree: Path, tmp_pa
     one, other = vm(image).deployed().booted(), vm(image).deployed().booted()
     one.inside("echo kept > /root/kept; sync")
     # stopped first, so that a request is under way when it dies: nobody will ever answer that
+    assert "/run-" in Path(f"/proc/{daemon_of(one)}/cgroup").read_text(), "it belongs to nobody's login"
     os.kill(daemon_of(one), signal.SIGSTOP)
     one.inside("(echo lost > /root/lost && sync) > /dev/null 2>&1 < /dev/null &")
     wait_until(lambda: nbd.is_busy(f"/dev/{nbds_of(one)[0]}"), "a request is under way")
