@@ -21,6 +21,7 @@ import pytest
 
 from onelxc.errors import GiveUpError, StorageError
 from onelxc.root import filesystems, importer, loops, mounts, syscalls, writeout
+from tests.support import machine
 from tests.support.waiting import wait_until
 
 COMPRESSIONS = {
@@ -527,6 +528,16 @@ def _tars() -> list[str]:
             if b"--directory=/t\0" in line:
                 found.append(pid)
     return found
+
+
+def test_a_checker_of_file_systems_ends_with_its_caller() -> None:
+    code = "from onelxc.root import jail; jail.on_device('/dev/null', ('sleep', '1234.5'), limit_s=2000)"
+    caller = subprocess.Popen([sys.executable, "-c", code])
+    checkers = lambda: [pid for pid in machine.pids() if machine.command_line(pid).split() == ["sleep", "1234.5"]]  # noqa: E731
+    wait_until(checkers, "it runs")
+    caller.kill()
+    caller.wait()
+    wait_until(lambda: not checkers(), "it has ended")
 
 
 def test_what_is_no_archive_is_left_alone(place: Path) -> None:
