@@ -138,14 +138,15 @@ exchange() {
     staged=
     if [ ! -d "$directory" ]; then
         mv -T -- "$directory.new" "$directory"
-    else
-        /usr/bin/python3 -I -c 'import ctypes, os, sys
-libc, (old, new) = ctypes.CDLL(None, use_errno=True), map(os.fsencode, sys.argv[1:])
+    elif ! /usr/bin/python3 -I -c 'import ctypes, os, sys
 at_fdcwd, rename_exchange = -100, 2
-if libc.renameat2(at_fdcwd, old, at_fdcwd, new, rename_exchange):
-    sys.exit(f"install.sh: cannot exchange {sys.argv[1]}: {os.strerror(ctypes.get_errno())}")' "$directory" "$directory.new"
-        rm -rf -- "$directory.new"
+old, new = map(os.fsencode, sys.argv[1:])
+sys.exit(ctypes.CDLL(None).renameat2(at_fdcwd, old, at_fdcwd, new, rename_exchange) != 0)' "$directory" "$directory.new"; then
+        # a file system that cannot, as ZFS before 2.2
+        mv -T -- "$directory" "$directory.old"
+        mv -T -- "$directory.new" "$directory"
     fi
+    rm -rf -- "$directory.new" "$directory.old"
 }
 
 # put_text TEXT PATH OWNER:GROUP MODE

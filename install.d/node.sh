@@ -240,7 +240,7 @@ node_uninstall() {
         fi
     done
     drop_file "$node_manifest"
-    [ "$dry_run" = yes ] || rm -rf -- "$library/onelxc.new" # of an installation that was broken off
+    [ "$dry_run" = yes ] || rm -rf -- "$library/onelxc.new" "$library/onelxc.old" # of an installation that was broken off
     drop_directory "$library"
     for path in "$state" /run/onelxc /var/log/onelxc; do
         if [ -d "$path" ] && step "remove $path/"; then
