@@ -28,7 +28,7 @@ from onelxc.names import RUN, deploy_id
 from onelxc.root import consolelog
 from onelxc.root.consoles import Consoles, complain
 from onelxc.root.events import Gone, Started, Watcher
-from onelxc.root.hub import LOG, PID, START, private, program
+from onelxc.root.hub import LOG, PID, START, make_run_directory, private, program
 
 SEEN = os.path.join(RUN, "hub.seen")
 LOG_LIMIT = 256 * 1024
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
     """The program onelxc-hub [--idle-s SECONDS]. 0 also where another one runs already."""
     idle_s = float(arguments[1]) if arguments[:1] == ["--idle-s"] else IDLE_S
     os.umask(0o077)
-    os.makedirs(RUN, 0o711, exist_ok=True)
+    make_run_directory()
     os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
     held = os.open(PID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if not _lock(held):

@@ -15,7 +15,6 @@ def note(device: str) -> None:
         path = os.path.join(names.IO_COUNTERS, number)
         with open(f"/sys/dev/block/{number}/stat", encoding="ascii") as file:
             counted = file.read()
-        os.makedirs(names.RUN, 0o711, exist_ok=True)
         os.makedirs(names.IO_COUNTERS, 0o755, exist_ok=True)
         with open(f"{path}.new", "w", encoding="ascii") as file:
             file.write(counted)

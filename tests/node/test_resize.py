@@ -38,7 +38,9 @@ def limits(one: Vm) -> tuple[object, object]:
 
 def weight(one: Vm) -> int:
     found = groups(one)
-    path = f"{found.unified}/cpu.weight" if found.unified else f"{found.separate['cpu']}/cpu.shares"
+    # on version 2 libvirt leaves it to systemd, whose unit is the group above
+    unit = found.unified.removesuffix("/libvirt")
+    path = f"{unit}/cpu.weight" if unit else f"{found.separate['cpu']}/cpu.shares"
     with open(path) as file:
         return int(file.read())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -32,7 +33,8 @@ def either(vm: NewVm, form: dict[str, str]) -> Vm:
 
 def counting(one: Vm) -> Vm:
     """It counts, several times a second, in a file."""
-    one.inside(": > /ticks; (while :; do echo tick >> /ticks; sleep 0.1; done) >/dev/null 2>&1 & true")
+    loop = "while :; do echo tick >> /ticks; sleep 0.1; done"
+    machine.join(one.name, int(one.inside(f": > /ticks; ({loop}) >/dev/null 2>&1 & echo $!")))
     wait_until(lambda: ticks(one) > 1, "it counts")
     return one
 
@@ -58,15 +60,14 @@ def states() -> dict[int, str]:
 
 
 def stands_still(one: Vm) -> bool:
-    before = ticks(one)
     wait_until(lambda: _tasks_frozen(one), "the kernel says frozen")
+    before = ticks(one)
+    time.sleep(0.5)
     return ticks(one) == before
 
 
 def _tasks_frozen(one: Vm) -> bool:
-    for path in machine.cgroups():
-        if one.name.replace("-", r"\x2d") not in path and one.name not in path:
-            continue
+    for path in machine.control_groups(one.name):
         for name, words in (("freezer.state", "FROZEN"), ("cgroup.events", "frozen 1")):
             if os.path.exists(f"{path}/{name}"):
                 with open(f"{path}/{name}") as file:

@@ -77,6 +77,30 @@ def init_pid(name: str) -> int:
     raise AssertionError(f"the domain {name} has no process 1")
 
 
+def control_groups(name: str) -> list[str]:
+    """The directories that the container's processes are in, one for each controller."""
+    found = [path for path in cgroups() if name in path.replace(r"\x2d", "-")]
+    return [f"{path}/libvirt" if os.path.isdir(f"{path}/libvirt") else path for path in found]
+
+
+def join(name: str, pid: int) -> None:
+    """Put a process that `inside` started into the container's control groups. `pid` is as seen inside."""
+    space = os.readlink(f"/proc/{init_pid(name)}/ns/pid")
+    for each in pids():
+        try:
+            with open(f"/proc/{each}/status") as status:
+                numbers = re.search(r"^NSpid:(.*)$", status.read(), re.MULTILINE)
+            same = os.readlink(f"/proc/{each}/ns/pid") == space
+        except OSError:
+            continue
+        if same and numbers and int(numbers.group(1).split()[-1]) == pid:
+            for group in control_groups(name):
+                with open(f"{group}/cgroup.procs", "w") as procs:
+                    procs.write(str(each))
+            return
+    raise AssertionError(f"{name} has no process {pid}")
+
+
 def inside(name: str, shell: str, *, timeout_s: float = 30, check: bool = True, uid: int = 0) -> str:
     """stdout of a shell command run in all namespaces of the container, as its root."""
     pid = init_pid(name)
