@@ -24,7 +24,6 @@ _MAGICS = (
     (b"hsqs", "squashfs"),
 )
 _DECOMPRESSORS = {
-    "gzip": ("gzip", "-dc"),
     "xz": ("xz", "-dc", "-T0", "--memlimit-decompress=1GiB"),
     "zstd": ("zstd", "-dc", "-q", "--no-progress"),
     "bzip2": ("bzip2", "-dc"),
@@ -49,7 +48,7 @@ class Archive:
 
     @property
     def decompressor(self) -> tuple[str, ...]:
-        """The program that gives the plain archive on stdout, () if it is plain already."""
+        """The program that gives the plain archive on stdout; () if it is plain already, or gzip (`gunzip`)."""
         return _DECOMPRESSORS.get(self.compression, ())
 
 

@@ -24,7 +24,7 @@ from onelxc import command
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.root import archive as archives
 from onelxc.root import cache as caches
-from onelxc.root import copies, filesystems, jail, layout, loops, rootfs, writeout
+from onelxc.root import copies, filesystems, gunzip, jail, layout, loops, rootfs, writeout
 
 Log = Callable[[str], None]
 
@@ -290,9 +290,8 @@ class _Import:
 
     def _unpack(self, mount_fd: int, out: writeout.WriteOut) -> None:
         watch = functools.partial(self._watch, out)
-        outcome = jail.unpack(
-            mount_fd, _TAR, self.archive.decompressor, self._chunks(), watch, limit_s=self.limits.seconds
-        )
+        unpacker = gunzip.main if self.archive.compression == "gzip" else self.archive.decompressor
+        outcome = jail.unpack(mount_fd, _TAR, unpacker, self._chunks(), watch, limit_s=self.limits.seconds)
         if _NO_SPACE.search(outcome.stderr):
             raise _TooSmall
         if outcome.filter_status not in (0, -13):

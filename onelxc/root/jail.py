@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Union
 
 from onelxc import command
 from onelxc.errors import StorageError
@@ -43,6 +44,9 @@ _SAID = 500
 _TICK_MS = 200
 _F_SETPIPE_SZ = 1031
 
+Filter = Union[Sequence[str], Callable[[], int]]
+"""A program, or a function of ours that gives its exit code; () for none."""
+
 
 @dataclass
 class Outcome:
@@ -58,7 +62,7 @@ class Outcome:
 def unpack(
     mount_fd: int,
     argv: Sequence[str],
-    filter_argv: Sequence[str],
+    filter_argv: Filter,
     source: Iterable[bytes],
     watch: Callable[[str], bool],
     *,
@@ -90,7 +94,7 @@ def on_device(device: str, argv: Sequence[str], *, limit_s: float) -> Outcome:
 def _run(  # noqa: PLR0917
     places: dict[str, int],
     argv: Sequence[str],
-    filter_argv: Sequence[str],
+    filter_argv: Filter,
     source: Iterable[bytes],
     watch: Callable[[str], bool],
     limit_s: float,
@@ -184,9 +188,7 @@ def _pump(
     return texts
 
 
-def _outside(
-    trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int], parent: int
-) -> None:
+def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fds: dict[str, int], parent: int) -> None:
     """The first child: leaves the host's namespaces and waits for the second, the jail's init. Never returns."""
     status = 1
     try:
@@ -231,13 +233,18 @@ def _keep_only(fds: set[int]) -> None:
     for fd in sorted(fds):
         os.closerange(last, fd)
         last = fd + 1
-    os.closerange(last, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536))
+    os.closerange(last, _descriptors())
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
 
 
-def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[str], fds: dict[str, int]) -> None:
+def _descriptors() -> int:
+    """Beyond the highest descriptor."""
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536)
+
+
+def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fds: dict[str, int]) -> None:
     """The second child, process 1 of the jail: builds the root, runs the two programs, tells how they ended."""
     status = 1
     try:
@@ -268,7 +275,7 @@ def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Sequence[st
         os._exit(status)
 
 
-def _start(argv: Sequence[str], streams: dict[int, int], capabilities: tuple[int, ...]) -> int:
+def _start(argv: Filter, streams: dict[int, int], capabilities: tuple[int, ...]) -> int:
     """Fork and execute with these descriptors; without capabilities also as nobody."""
     pid = os.fork()
     if pid:
@@ -281,9 +288,13 @@ def _start(argv: Sequence[str], streams: dict[int, int], capabilities: tuple[int
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
         syscalls.keep_capabilities(capabilities)
-        os.execvpe(argv[0], list(argv), dict(command.ENVIRONMENT))
-    except OSError as error:
-        os.write(2, f"{argv[0]}: {error.strerror}".encode())
+        if not callable(argv):
+            os.execvpe(argv[0], list(argv), dict(command.ENVIRONMENT))
+        os.closerange(3, _descriptors())  # an end of a pipe kept here would keep the other end waiting
+        os._exit(argv())
+    except Exception as error:
+        name = argv.__module__ if callable(argv) else argv[0]
+        os.write(2, f"{name}: {error.strerror if isinstance(error, OSError) else error}".encode())
     finally:
         os._exit(127)
     return 0

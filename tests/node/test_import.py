@@ -247,6 +247,17 @@ def test_truncated_anywhere_is_an_error(place: Path, tree: Path, compression: st
             assert_refused(place, data[:end], "", init=None)
 
 
+def test_a_gzip_file_of_several_members(place: Path, tree: Path) -> None:
+    """As parallel packers write it; what is no member after the last is an error, as gzip says itself."""
+    plain = pack(tree)
+    parts = [sh("gzip", "-1", "-c", input=plain[at : at + 20_000]) for at in range(0, len(plain), 20_000)]
+    run_import(place, b"".join(parts))
+    with mounted(place) as mnt:
+        assert manifest(mnt) == manifest(tree)
+    assert_refused(place, b"".join(parts) + b"more", "the archive is corrupt or truncated")
+    assert_refused(place, b"".join(parts[:-1]), "", init=None)
+
+
 def test_truncated_at_a_member_is_an_error_though_tar_says_nothing(place: Path) -> None:
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as archive:
