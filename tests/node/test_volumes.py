@@ -5,6 +5,7 @@ The kinds that `test_disk_kinds` has go through the same kernel in the emulated 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -282,12 +283,14 @@ def test_the_volume_of_another_vm_is_refused(group: str, vm: NewVm, tree: Path) 
 def device(tree: Path) -> Iterator[str]:
     """A disk of this host with a name that stays, as TM_MAD "dev" has them for images; the root is on it."""
     sh("modprobe", "scsi_debug", "dev_size_mb=96")
-    sh("udevadm", "settle")
-    names = [name for name in Path("/dev/disk/by-id").iterdir() if "scsi_debug" in name.name]
-    assert names, os.listdir("/dev/disk/by-id")
-    sh("mkfs.ext4", "-q", "-d", str(tree), str(names[0]))
     try:
-        yield str(names[0])
+        (found,) = wait_until(
+            lambda: glob.glob("/sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*/block/sd*")
+        )
+        sh("udevadm", "settle")
+        named = [str(one) for one in Path("/dev/disk/by-id").iterdir() if one.resolve().name == os.path.basename(found)]
+        sh("mkfs.ext4", "-q", "-d", str(tree), named[0])
+        yield named[0]
     finally:
         sh("udevadm", "settle")
         sh("modprobe", "-r", "scsi_debug")
