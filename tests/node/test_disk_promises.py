@@ -178,16 +178,18 @@ def test_read_only_is_read_only_whatever_the_kind(vm: NewVm, tmp_path: Path) -> 
 
 
 def test_fsck_has_its_time_and_no_more(vm: NewVm) -> None:
-    """A file system with so many inodes that it takes seconds; the error has what e2fsck had said by then."""
+    """The image asks it to wait for two minutes, whether another host has the disk. The error has what it had said."""
     one = vm(images.busybox_ext4())
-    path = empty(Path(one.path("disk.1")), 4096)
-    sh("mkfs.ext4", "-q", "-N", "4000000", "-O", "^metadata_csum,^uninit_bg,^has_journal", "-E", "nodiscard", str(path))
-    sh("debugfs", "-w", "-R", "set_super_value state 0", str(path))
+    path = empty(Path(one.path("disk.1")), 32)
+    sh("mkfs.ext4", "-q", "-O", "mmp,^metadata_csum", "-E", "mmp_update_interval=30", str(path))
+    with open(path, "r+b") as file:  # debugfs would wait, too
+        file.seek(1024 + 0x3A)
+        file.write(bytes(2))
     one.give(str(path))
     one.disks.append({"DISK_ID": 1, "TARGET": "sdb"})
-    doing = "check an image that was not unmounted cleanly: e2fsck: no end after 0.5 s: /dev/loop"
-    with hostconf.with_line("FSCK_TIMEOUT = 0.5"):
-        refused(one, one.deploy, f"{doing}.* was not cleanly unmounted, check forced", mounted=True)
+    doing = "check an image that was not unmounted cleanly: e2fsck: no end after 4 s"
+    with hostconf.with_line("FSCK_TIMEOUT = 4"):
+        refused(one, one.deploy, f"{doing}: MMP interval is 30 seconds and total wait time is 122", mounted=True)
 
 
 def test_a_disk_that_fails_leaves_nothing_of_those_before_it(vm: NewVm, tmp_path: Path) -> None:
