@@ -105,7 +105,7 @@ def enlarge(work: Work, device: str, size: int) -> None:
 def reconnect(work: Work, what: dict[str, Any]) -> None:
     """The journal's `nbd`: a device that was made larger has its connection again, whatever became of that."""
     place = str(what["path"])
-    if _pid(place) is None:
+    if not _pids(place):
         return
     with Monitor(f"{_socket(work, place)}.qmp") as daemon:
         for device in nbd.devices(place):
@@ -122,15 +122,20 @@ def give_back(work: Work, what: dict[str, Any]) -> None:
         holders.wait_until_free(work, set(), [device])
         nbd.disconnect(device)
     mounts.unmount(place)
-    pid = _pid(place)
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _END_S
-        while not orphans.is_dead(pid):
-            if time.monotonic() > deadline:
-                raise StorageError(f"Cannot let go of {place}: {DAEMON} ({pid}) does not end")
-            time.sleep(0.01)
+    deadline = time.monotonic() + _END_S
+    ending: set[int] = set()
+    while True:
+        running = _pids(place)
+        # one that ends has no command line any more, but the image still
+        ending = {pid for pid in ending.union(running) if not orphans.is_dead(pid)}
+        if not ending:
+            break
+        if time.monotonic() > deadline:
+            raise StorageError(f"Cannot let go of {place}: {DAEMON} ({min(ending)}) does not end")
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.01)
     socket = _socket(work, place)
     for path in (place, _pid_file(place), f"{socket}.qmp", f"{socket}.nbd"):
         with contextlib.suppress(FileNotFoundError):
@@ -144,7 +149,7 @@ def fail_lost(entries: Iterable[Entry]) -> bool:
     lost = False
     for entry in entries:
         place = str(entry.what.get("path"))
-        if entry.kind == "qcow2" and _pid(place) is None:
+        if entry.kind == "qcow2" and not _pids(place):
             found = nbd.devices(place)
             lost = lost or bool(found) or mounts.is_mounted(place)
             for device in filter(nbd.is_busy, found):
@@ -185,12 +190,21 @@ def _pid_file(place: str) -> str:
     return f"{place}.pid"
 
 
-def _pid(place: str) -> int | None:
-    """The daemon of this export, if it runs: the file's word counts only with the command line to it."""
+def _pids(place: str) -> list[int]:
+    """What runs to show it, from the first moment of its start on, by the command line."""
     try:
         with open(_pid_file(place), encoding="ascii") as file:
             pid = int(file.read())
-        with open(f"/proc/{pid}/cmdline", "rb") as line:
-            return pid if os.fsencode(place) in line.read() else None
+        if _is_for(pid, place):
+            return [pid]
     except (OSError, ValueError):
-        return None
+        pass
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_for(int(name), place)]
+
+
+def _is_for(pid: int, place: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return os.fsencode(_pid_file(place)) in line.read().split(b"\0")
+    except OSError:
+        return False

@@ -146,7 +146,7 @@ def kill_helper(one: Vm) -> None:
     os.kill(holder.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("moment", ["the daemon", "its device", "the mount"])
+@pytest.mark.parametrize("moment", ["its start", "the daemon", "its device", "the mount"])
 def test_a_helper_killed_during_deploy_leaves_nothing(
     clean: None, vm: NewVm, tree: Path, tmp_path: Path, moment: str
 ) -> None:
@@ -154,6 +154,7 @@ def test_a_helper_killed_during_deploy_leaves_nothing(
     one = vm(packed(filled(tmp_path / "image", tree, "ext4", 64)))
     state = f"/var/lib/onelxc/vms/{one.vm_id}"
     reached: dict[str, Callable[[], object]] = {
+        "its start": lambda: any("systemd-run" in machine.command_line(pid) for pid in machine.pids()),
         "the daemon": lambda: os.path.isdir(state) and any(name.endswith(".qmp") for name in os.listdir(state)),
         "its device": lambda: nbds_of(one),
         "the mount": lambda: any(f"/mnt/{one.vm_id}/" in mount.point for mount in machine.mounts()),
