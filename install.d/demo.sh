@@ -79,7 +79,7 @@ put_sudoers_of_demo() {
 }
 
 demo_run() {
-    local archive=$1 here
+    local archive=$1 here console
     here=$(uname -n)
     if [ -z "$archive" ]; then
         archive=$base/rootfs.tar.gz
@@ -97,8 +97,14 @@ demo_run() {
     virsh -q -c lxc:/// list | sed 's/^/      libvirt: /'
     as_oned "reboot" vmm/lxc/reboot "" "one-$vm_id" "$here" "$vm_id" "$here"
     as_oned "poll" vmm/lxc/poll "" "one-$vm_id" "$here" "$vm_id" "$here"
-    if [ -s "/var/log/onelxc/one-$vm_id.log" ]; then
-        tr -d '\r' <"/var/log/onelxc/one-$vm_id.log" | tail -n 6 | tr -cd '[:print:]\n' | sed 's/^/      console: /'
+    console=/var/log/onelxc/one-$vm_id.log
+    # it runs; what its init says comes a moment later, and is known of our own image only
+    for _ in $(seq 100); do
+        if [ "$archive" != "$base/rootfs.tar.gz" ] || grep -qs "boot number 2" "$console"; then break; fi
+        sleep 0.1
+    done
+    if [ -s "$console" ]; then
+        tr -d '\r' <"$console" | tail -n 6 | tr -cd '[:print:]\n' | sed 's/^/      console: /'
     fi
     as_oned "shutdown" vmm/lxc/shutdown "" "one-$vm_id" "$here" "$vm_id" "$here"
     as_oned "poll" vmm/lxc/poll "" "one-$vm_id" "$here" "$vm_id" "$here"
