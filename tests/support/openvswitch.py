@@ -1,4 +1,4 @@
-"""An Open vSwitch of this machine's own, with the datapath in user space: it needs no module of the kernel."""
+"""An Open vSwitch: the host's, or one of a test machine's own with the datapath in user space, without the module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,28 @@ SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 
 @contextlib.contextmanager
 def running(address: str) -> Iterator[str]:
-    """Both daemons and one bridge, with an address of the host on it; gives the bridge's name."""
+    """A bridge with an address of the host on it; gives its name.
+
+    It is on the host's own switch where that runs (the kernel's datapath), else on one that is started for it.
+    """
+    own = not os.path.exists(f"{RUN}/db.sock")
+    if own:
+        _start()
+    try:
+        kind = ["--", "set", "bridge", BRIDGE, "datapath_type=netdev"] if own else []
+        machine.command("ovs-vsctl", "-t", "20", "add-br", BRIDGE, *kind)
+        machine.command("ip", "address", "add", address, "dev", BRIDGE)
+        machine.command("ip", "link", "set", BRIDGE, "up")
+        yield BRIDGE
+        machine.command("ovs-vsctl", "-t", "20", "del-br", BRIDGE)
+    finally:
+        if own:
+            for name in ("ovs-vswitchd", "ovsdb-server"):
+                _end(name)
+
+
+def _start() -> None:
+    """Both daemons, on an empty database."""
     os.makedirs(RUN, exist_ok=True)
     os.makedirs(os.path.dirname(DATABASE), exist_ok=True)
     if os.path.exists(DATABASE):
@@ -28,17 +49,6 @@ def running(address: str) -> Iterator[str]:
     machine.command("ovsdb-server", f"--remote=punix:{RUN}/db.sock", *quiet, DATABASE)
     machine.command("ovs-vsctl", "--no-wait", "init")
     machine.command("ovs-vswitchd", *quiet)
-    try:
-        machine.command(
-            "ovs-vsctl", "-t", "20", "add-br", BRIDGE, "--", "set", "bridge", BRIDGE, "datapath_type=netdev"
-        )
-        machine.command("ip", "address", "add", address, "dev", BRIDGE)
-        machine.command("ip", "link", "set", BRIDGE, "up")
-        yield BRIDGE
-        machine.command("ovs-vsctl", "-t", "20", "del-br", BRIDGE)
-    finally:
-        for name in ("ovs-vswitchd", "ovsdb-server"):
-            _end(name)
 
 
 def ports() -> list[str]:
