@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc import __version__, command
+from onelxc import __version__, command, kernelfile
 from onelxc.errors import CommandError
 from onelxc.model import HELPER
 
@@ -122,7 +122,7 @@ def _controllers(mounts: str) -> dict[str, str]:
     for line in mounts.splitlines():
         fields = line.split()
         if len(fields) > 2 and fields[2] == "cgroup2":
-            found[fields[1]] = _read(os.path.join(fields[1], "cgroup.controllers"))
+            found[fields[1]] = kernelfile.text(os.path.join(fields[1], "cgroup.controllers"))
     return found
 
 
@@ -130,7 +130,7 @@ def user_namespaces() -> Iterator[Problem]:
     """Compiled in, and not forbidden."""
     if not os.path.exists("/proc/self/ns/user"):
         yield Problem(True, "this kernel has no user namespaces (CONFIG_USER_NS)")
-    elif _read("/proc/sys/user/max_user_namespaces").strip() == "0":
+    elif kernelfile.text("/proc/sys/user/max_user_namespaces") == "0":
         yield Problem(True, "user namespaces are turned off: sysctl user.max_user_namespaces is 0")
 
 
@@ -144,7 +144,7 @@ def devices() -> Iterator[Problem]:
             yield Problem(True, f"no {device} and no module {module}: {use}")
     if not _has_module("nbd"):
         yield Problem(False, "no module nbd: qcow2 disks go through FUSE, which is slower")
-    known = _read("/proc/filesystems").split()
+    known = kernelfile.text("/proc/filesystems").split()
     if "ext4" not in known and not _has_module("ext4"):
         yield Problem(True, "this kernel cannot mount ext4, which imported images are")
 
@@ -199,7 +199,7 @@ def helper(path: str) -> Iterator[Problem]:
         if seen.st_uid != 0 or seen.st_mode & 0o022:
             yield Problem(True, f"{place} can be changed by others than root: chown root:root and chmod go-w")
         place = os.path.dirname(place)
-    found = _read(os.path.join(os.path.dirname(path), "onelxc", "__init__.py"))
+    found = kernelfile.text(os.path.join(os.path.dirname(path), "onelxc", "__init__.py"))
     if f'"{__version__}"' not in found:
         yield Problem(True, f"the root helper is of another version than {__version__}: run `install.sh node` as root")
 
@@ -236,7 +236,7 @@ def idle_exit() -> Iterator[Problem]:
     """Before 11.0 libvirtd leaves after --timeout seconds although containers run, and misses their reboots."""
     for process in os.listdir("/proc"):
         if process.isdigit():
-            words = _read(f"/proc/{process}/cmdline").split("\0")
+            words = kernelfile.text(f"/proc/{process}/cmdline").split("\0")
             if os.path.basename(words[0]) in ("libvirtd", "virtlxcd") and "--timeout" in words and _version() < 11:
                 yield Problem(
                     False,
@@ -259,14 +259,6 @@ def _works(argv: list[str]) -> bool:
     except CommandError:
         return False
     return True
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def _last(text: str) -> str:

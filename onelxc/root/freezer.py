@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from onelxc import names
+from onelxc import kernelfile, names
 from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.root import cgroups, flushing, orphans, record
 from onelxc.root.work import Work
@@ -112,8 +112,4 @@ def _is_still(group: cgroups.Group) -> bool:
 
 
 def _read(group: cgroups.Group, name: str) -> str:
-    try:
-        with open(os.path.join(group.path, name)) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    return kernelfile.text(os.path.join(group.path, name))

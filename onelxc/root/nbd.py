@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Iterable
 
-from onelxc import command
+from onelxc import command, kernelfile
 from onelxc.errors import CommandError, StorageError
 
 EXPORT = "disk"
@@ -65,20 +65,18 @@ def connect(server: str, name: str) -> str | None:
 
 def devices(name: str) -> tuple[str, ...]:
     """The connected devices of this name: the kernel's word."""
-    return tuple(f"/dev/{os.path.basename(path)}" for path in glob.glob("/sys/block/nbd*") if _backend(path) == name)
+    return tuple(device for device in _all() if name_of(device) == name)
 
 
 def devices_below(directory: str) -> tuple[str, ...]:
     """The connected devices whose names are paths below a directory."""
     prefix = directory.rstrip("/") + "/"
-    return tuple(
-        f"/dev/{os.path.basename(path)}" for path in glob.glob("/sys/block/nbd*") if _backend(path).startswith(prefix)
-    )
+    return tuple(device for device in _all() if name_of(device).startswith(prefix))
 
 
 def name_of(device: str) -> str:
     """What a device was connected for; "" if it is not connected, or no nbd device."""
-    return _backend(f"/sys/block/{os.path.basename(device)}")
+    return kernelfile.text(f"/sys/block/{os.path.basename(device)}/backend")
 
 
 def disconnect(device: str) -> None:
@@ -105,7 +103,7 @@ def reconnect(device: str, server: str) -> None:
 
 def is_busy(device: str) -> bool:
     """Whether requests are under way."""
-    return bool(set(_read(f"/sys/block/{os.path.basename(device)}/inflight").split()) - {"0"})
+    return bool(set(kernelfile.text(f"/sys/block/{os.path.basename(device)}/inflight").split()) - {"0"})
 
 
 def wait_until_idle(device: str) -> None:
@@ -212,20 +210,12 @@ def _text(word: str) -> bytes:
     return os.fsencode(word) + b"\0"
 
 
-def _backend(path: str) -> str:
-    return _read(f"{path}/backend").rstrip("\n")
+def _all() -> list[str]:
+    return [f"/dev/{os.path.basename(path)}" for path in glob.glob("/sys/block/nbd*")]
 
 
 def _max_part() -> str:
-    return _read("/sys/module/nbd/parameters/max_part").strip()
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
-    except OSError:
-        return ""
+    return kernelfile.text("/sys/module/nbd/parameters/max_part")
 
 
 def _family() -> tuple[int, tuple[int, ...]]:

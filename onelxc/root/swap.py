@@ -15,5 +15,6 @@ from onelxc.root.work import Work
 def refresh(work: Work, found: record.Record) -> None:
     """After a start, and after the container has restarted by itself. A kernel that counts no swap has no such file."""
     for group in cgroups.groups(work.vm_id):
-        if not group.kind and os.path.exists(os.path.join(cgroups.limited(group), "memory.swap.max")):
-            cgroups.write(cgroups.limited(group), "memory.swap.max", str(found.vm.swap_kib << 10))
+        path = cgroups.limited(group)
+        if not group.kind and os.path.exists(os.path.join(path, "memory.swap.max")):
+            cgroups.write(path, "memory.swap.max", str(found.vm.swap_kib << 10))

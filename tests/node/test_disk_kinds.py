@@ -238,14 +238,21 @@ def test_symbolic_links_are_followed_and_stay(vm: NewVm, tmp_path: Path) -> None
             store.rmdir()
 
 
+def put_upon(one: Vm, behind: str | Path, form: str = "raw") -> None:
+    """disk.0 is a new, empty qcow2 with an image of `form` behind it."""
+    path = one.path("disk.0")
+    Path(path).unlink(missing_ok=True)
+    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", form, "-b", str(behind), path)
+    one.give(path)
+
+
 def test_a_qcow2_with_a_backing_file(vm: NewVm, tree: Path, tmp_path: Path) -> None:
     """The base stays as it is. A header that names a file outside of the datastores opens nothing."""
     one = vm(None)
     base = filled(tmp_path / "base", tree, "ext4", 64)
     shutil.copy(base, one.path("base"))
     before = machine.command("md5sum", one.path("base"))
-    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base", one.path("disk.0"))
-    one.give(one.path("disk.0"))
+    put_upon(one, "base")
     one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2"})
     one.deployed().booted().inside("echo kept > /root/kept")
     one.act("shutdown").ok()
@@ -253,9 +260,7 @@ def test_a_qcow2_with_a_backing_file(vm: NewVm, tree: Path, tmp_path: Path) -> N
     assert one.inside("cat /root/kept") == "kept\n"
     one.act("cancel").ok()
     assert machine.command("md5sum", one.path("base")) == before
-    os.unlink(one.path("disk.0"))
-    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base), one.path("disk.0"))
-    one.give(one.path("disk.0"))
+    put_upon(one, base)
     refused = one.deploy()
     assert refused.code == 1
     assert "does not lie in a datastore" in one.driver.message(refused)
@@ -271,23 +276,18 @@ def test_a_qcow2_is_not_shown_what_belongs_to_others(vm: NewVm, tree: Path, tmp_
             shutil.copy(filled(tmp_path / name, tree, "ext4", 64), store / name)
         one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2"})
         one.disks[0]["SOURCE"] = "/var/lib/one//datastores/1/mine"
-        sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(store / "mine"), one.path("disk.0"))
-        one.give(one.path("disk.0"))
+        put_upon(one, store / "mine")
         one.deployed().booted()
         one.act("cancel").ok()
         for behind in (store / "foreign", os.path.relpath(store / "foreign", one.directory)):
-            os.unlink(one.path("disk.0"))
-            sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(behind), one.path("disk.0"))
-            one.give(one.path("disk.0"))
+            put_upon(one, behind)
             refused = one.deploy()
             assert refused.code == 1
             assert "is neither the VM's own nor the one that the disk was made from" in one.driver.message(refused)
         # an uploaded image of one's own, with a header that names another's
         os.unlink(store / "mine")
         sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(store / "foreign"), str(store / "mine"))
-        os.unlink(one.path("disk.0"))
-        sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(store / "mine"), one.path("disk.0"))
-        one.give(one.path("disk.0"))
+        put_upon(one, store / "mine", form="qcow2")
         assert "is neither the VM's own" in one.driver.message(one.deploy())
     finally:
         for name in ("mine", "foreign"):
