@@ -23,6 +23,7 @@ libvirt's LXC driver is imprecise about the end of a container; what is worked a
 from __future__ import annotations
 
 import enum
+import errno
 import re
 import signal
 import time
@@ -319,9 +320,23 @@ class Domain:
             if self.wait_gone(min(1.0, limit_s)):
                 return
         if state is not State.ENDED:
-            _call_unless_gone(f"Cannot destroy {self.name}", self._handle.destroy)
+            self._destroy(limit_s)
         if not self.wait_gone(limit_s):
             raise HypervisorError(f"Cannot end {self.name}: it is still there after {limit_s:g} s")
+
+    def _destroy(self, limit_s: float) -> None:
+        """`destroy`; once more, while the control group whose tasks libvirt counts goes away as it reads (ENODEV)."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                self._handle.destroy()
+                return
+            except libvirt.libvirtError as error:
+                if error.get_error_code() in _GONE:
+                    return
+                if error.get_int1() != errno.ENODEV or time.monotonic() >= deadline:
+                    raise _error(f"Cannot destroy {self.name}", error) from None
+            time.sleep(0.05)
 
     def _remove_zombie(self) -> None:
         """`destroy` on a transient domain that has ended fails, and removes it."""

@@ -15,7 +15,12 @@ HUB_LOG = "/var/log/onelxc/hub.log"
 
 
 def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float = 60, interval_s: float = 0.05) -> T:
-    """The first true answer of `condition`; AssertionError with `what` and the last answer if there is none in time."""
+    """The first true answer of `condition`; AssertionError with `what` and the last answer if there is none in time.
+
+    The time is four times as long in the emulated machine (tools/vm).
+    """
+    if os.environ.get("ONELXC_IN_VM"):
+        timeout_s *= 4
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
