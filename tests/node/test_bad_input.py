@@ -17,13 +17,11 @@ import libvirt
 import pytest
 
 from tests.support import images, leaks, machine
-from tests.support.frontends import REPOSITORY
 from tests.support.stream import Outcome
 from tests.support.vms import HOST, Vm
 from tests.support.waiting import wait_until
 
 NewVm = Callable[..., Vm]
-LIBVIRTD = os.path.join(REPOSITORY, "tests/bin/libvirtd")
 
 
 def refused(one: Vm, act: Callable[[], Outcome], pattern: str, *, mounted: bool = False) -> None:
@@ -234,11 +232,8 @@ def test_an_unknown_deploy_id(vm: NewVm, action: str) -> None:
 def test_libvirt_not_running(vm: NewVm) -> None:
     one = vm()
     before = contents(one)
-    machine.command(LIBVIRTD, "stop")
-    try:
+    with machine.libvirtd_away("stop"):
         outcome = one.deploy()
-    finally:
-        machine.command(LIBVIRTD, "start")
     assert outcome.code == 1
     assert re.match(
         rf"Cannot deploy VM {one.vm_id}: cannot reach libvirt .*No such file or directory", one.driver.message(outcome)

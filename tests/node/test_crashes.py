@@ -12,12 +12,10 @@ import libvirt
 import pytest
 
 from tests.support import leaks, machine
-from tests.support.frontends import REPOSITORY
 from tests.support.vms import HOST, Vm
 from tests.support.waiting import wait_until
 
 NewVm = Callable[..., Vm]
-LIBVIRTD = os.path.join(REPOSITORY, "tests/bin/libvirtd")
 SHUTOFF = libvirt.VIR_DOMAIN_SHUTOFF
 
 
@@ -33,37 +31,34 @@ def is_there(pid: int) -> bool:
 def zombie(one: Vm) -> None:
     """The container ends while libvirtd is away: libvirt shows a transient domain that is shut off, for ever."""
     init = machine.init_pid(one.name)
-    machine.command(LIBVIRTD, "kill")
-    os.kill(init, signal.SIGKILL)
-    wait_until(lambda: not is_there(init), "init has ended")
-    machine.command(LIBVIRTD, "start")
+    with machine.libvirtd_away():
+        os.kill(init, signal.SIGKILL)
+        wait_until(lambda: not is_there(init), "init has ended")
     wait_until(lambda: machine.domains().get(one.name) == SHUTOFF, "a zombie is there")
 
 
 def orphan(one: Vm) -> None:
     """The controller dies while libvirtd is away: the container's processes live on and belong to nobody."""
     init, pid = machine.init_pid(one.name), controller(one)
-    machine.command(LIBVIRTD, "kill")
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_there(pid), "the controller has ended")
-    assert is_there(init)
-    machine.command(LIBVIRTD, "start")
+    with machine.libvirtd_away():
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_there(pid), "the controller has ended")
+        assert is_there(init)
     assert is_there(init)
 
 
 def host_crash(one: Vm) -> None:
     """All processes die at once; mounts, devices and what lies in /run are gone. Files stay as they were flushed."""
     init, pid = machine.init_pid(one.name), controller(one)
-    machine.command(LIBVIRTD, "kill")
-    for each in (pid, init):
-        os.kill(each, signal.SIGKILL)
-    wait_until(lambda: not is_there(init) and not is_there(pid), "all have ended")
-    for mount in reversed(
-        [mount.point for mount in machine.mounts() if mount.point.startswith("/var/lib/onelxc/mnt/")]
-    ):
-        machine.command("umount", mount)
-    machine.command("rm", "-rf", "/run/onelxc/lock", "/run/onelxc/giveup", f"/run/libvirt/lxc/{one.name}.xml")
-    machine.command(LIBVIRTD, "start")
+    with machine.libvirtd_away():
+        for each in (pid, init):
+            os.kill(each, signal.SIGKILL)
+        wait_until(lambda: not is_there(init) and not is_there(pid), "all have ended")
+        for mount in reversed(
+            [mount.point for mount in machine.mounts() if mount.point.startswith("/var/lib/onelxc/mnt/")]
+        ):
+            machine.command("umount", mount)
+        machine.command("rm", "-rf", "/run/onelxc/lock", "/run/onelxc/giveup", f"/run/libvirt/lxc/{one.name}.xml")
 
 
 CRASHES = {"zombie": zombie, "orphan": orphan, "host crash": host_crash}
@@ -106,9 +101,8 @@ def test_poll_lets_go_before_it_says_so(crashed: Vm) -> None:
 def test_containers_go_on_without_libvirtd_and_are_known_again(vm: NewVm, action: str) -> None:
     one = vm().deployed().booted()
     init = machine.init_pid(one.name)
-    machine.command(LIBVIRTD, "kill")
-    assert is_there(init)
-    machine.command(LIBVIRTD, "start")
+    with machine.libvirtd_away():
+        assert is_there(init)
     assert machine.init_pid(one.name) == init
     outcome = one.deploy() if action == "deploy" else one.act(action)
     outcome.ok()
@@ -126,8 +120,7 @@ def test_containers_go_on_without_libvirtd_and_are_known_again(vm: NewVm, action
 def test_libvirtd_away_is_said_and_the_container_goes_on(vm: NewVm, action: str) -> None:
     one = vm().deployed().booted()
     init = machine.init_pid(one.name)
-    machine.command(LIBVIRTD, "kill")
-    try:
+    with machine.libvirtd_away():
         outcome = one.act(action)
         message = one.driver.message(outcome)
         assert outcome.code == 1
@@ -135,20 +128,15 @@ def test_libvirtd_away_is_said_and_the_container_goes_on(vm: NewVm, action: str)
         assert "Cannot" in message
         assert "libvirt" in message
         assert is_there(init)
-    finally:
-        machine.command(LIBVIRTD, "start")
 
 
 def test_cancel_without_libvirtd_ends_the_container_all_the_same(vm: NewVm) -> None:
     """oned will not ask again: the kernel is enough."""
     one = vm().deployed().booted()
     init = machine.init_pid(one.name)
-    machine.command(LIBVIRTD, "kill")
-    try:
+    with machine.libvirtd_away():
         one.act("cancel").ok()
         assert not is_there(init)
-    finally:
-        machine.command(LIBVIRTD, "start")
     monitor = one.driver.probe("lxc.d/onelxc-reap", "lxc", 0, HOST)
     assert monitor.code == 0
     one.deployed().booted()
@@ -159,11 +147,8 @@ def test_libvirtd_killed_in_the_middle_of_a_deploy_leaves_nothing(vm: NewVm) -> 
     before = leaks.snapshot()
     deploy = one.start_deploy()
     wait_until(lambda: deploy.ended or os.path.exists(f"/var/lib/onelxc/mnt/{one.vm_id}/root/sbin"), interval_s=0.002)
-    machine.command(LIBVIRTD, "kill")
-    try:
+    with machine.libvirtd_away():
         outcome = deploy.wait()
-    finally:
-        machine.command(LIBVIRTD, "start")
     if outcome.code:
         message = one.driver.message(outcome)
         assert str(one.vm_id) in message
@@ -182,8 +167,7 @@ def test_frozen_containers_are_ended_and_rebooted_too(vm: NewVm, action: str) ->
     connection = libvirt.open("lxc:///")
     connection.lookupByName(one.name).suspend()
     connection.close()
-    machine.command(LIBVIRTD, "kill")
-    machine.command(LIBVIRTD, "start")
+    machine.restart_libvirtd()
     one.act(action).ok()
     if action == "reboot":
         one.booted(2)

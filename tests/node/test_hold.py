@@ -22,7 +22,6 @@ from tests.support import machine
 from tests.support.plain_container import Container, eventually
 
 TRIES = 60
-LIBVIRTD = str(Path(__file__).resolve().parents[1] / "bin/libvirtd")
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def lost(clean: None) -> Iterator[tuple[Container, list[str]]]:
 def _lost(root: Container) -> Iterator[str]:
     for first in range(831, 831 + TRIES, 12):
         # some libvirtds do it every few times and some hardly ever
-        machine.command(LIBVIRTD, "restart")
+        machine.restart_libvirtd()
         with hypervisor.Hypervisor() as libvirt:
             for number in range(first, first + 12):
                 with _slow_workers():

@@ -14,6 +14,7 @@ import pytest
 from onelxc.model import VmPaths
 from onelxc.root import consolelog, hub
 from onelxc.root.consoles import socket_path
+from tests.support import machine
 from tests.support.plain_container import WAIT_S, Container, eventually
 from tests.support.waiting import read_until
 
@@ -103,11 +104,9 @@ def test_only_one_runs_however_many_start_it() -> None:
 def test_libvirtd_restarted(container: Callable[..., Container]) -> None:
     one = container(805, "echo FIRST\nwhile ! [ -e /go ]; do sleep 0.05; done\necho SECOND\nsleep 1000\n")
     eventually("the first word", lambda: log(805) == b"FIRST\r\n")
-    libvirtd = REPOSITORY / "tests/bin/libvirtd"
-    subprocess.run([libvirtd, "kill"], check=True)
-    (one.root / "go").touch()
-    eventually("what is said without libvirtd", lambda: log(805) == b"FIRST\r\nSECOND\r\n")
-    subprocess.run([libvirtd, "start"], check=True)
+    with machine.libvirtd_away():
+        (one.root / "go").touch()
+        eventually("what is said without libvirtd", lambda: log(805) == b"FIRST\r\nSECOND\r\n")
     container(806, "echo A NEW ONE\nsleep 1000\n")
     eventually("a console opened after the restart", lambda: log(806) == b"A NEW ONE\r\n")
 

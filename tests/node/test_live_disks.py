@@ -16,7 +16,7 @@ import pytest
 from onelxc import __version__
 from onelxc.root import loops
 from tests.support import images, machine
-from tests.support.frontends import MONITORD, REPOSITORY
+from tests.support.frontends import MONITORD
 from tests.support.stream import Outcome
 from tests.support.vms import Vm
 from tests.support.waiting import wait_until
@@ -24,7 +24,6 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.generation(MONITORD)
 NewVm = Callable[..., Vm]
 ATTACH = {"ATTACH": "YES"}
-LIBVIRTD = os.path.join(REPOSITORY, "tests/bin/libvirtd")
 
 
 @pytest.fixture
@@ -159,8 +158,7 @@ def detach_of_what_something_is_mounted_in(one: Vm, image: str) -> None:
 
 def test_back_after_restarts_of_libvirtd_from_inside_and_by_reset(one: Vm, image: str) -> None:
     attach(one, image, WRITE_IOPS_SEC="55").ok()
-    machine.command(LIBVIRTD, "kill")
-    machine.command(LIBVIRTD, "start")
+    machine.restart_libvirtd()
     one.inside("echo kept > /media/one-disk.1/file; sync; reboot")
     one.booted(2)
     wait_until(lambda: one.inside("cat /media/one-disk.1/file", check=False) == "kept\n", "the disk is back")

@@ -52,8 +52,6 @@ def test_leak_check_sees_each_kind(tmp_path: object) -> None:
 
 
 def test_libvirtd_can_be_taken_away() -> None:
-    tool = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
-    machine.command(tool, "kill")
-    wait_until(lambda: subprocess.run(["virsh", "-c", "lxc:///", "list"], capture_output=True).returncode != 0)
-    machine.command(tool, "start")
+    with machine.libvirtd_away():
+        wait_until(lambda: subprocess.run(["virsh", "-c", "lxc:///", "list"], capture_output=True).returncode != 0)
     assert machine.domains() == {}

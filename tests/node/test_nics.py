@@ -20,7 +20,6 @@ from onelxc.report import Report
 from onelxc.root import nics
 from onelxc.root.links import Namespace
 from tests.support import hostconf, machine
-from tests.support.frontends import REPOSITORY
 from tests.support.stream import Outcome
 from tests.support.vms import MONITORD, PULL, Vm
 from tests.support.waiting import wait_until
@@ -158,9 +157,7 @@ def test_what_was_attached_is_still_there_after_a_reboot_from_inside(running: Vm
 def test_what_was_attached_is_still_there_after_a_restart_of_libvirtd(plain: Vm, bridge: str) -> None:
     one = plain
     attach(one, bridge, IP="10.77.0.11").ok()
-    libvirtd = os.path.join(REPOSITORY, "tests/bin/libvirtd")
-    machine.command(libvirtd, "kill")
-    machine.command(libvirtd, "start")
+    machine.restart_libvirtd()
     assert "inet 10.77.0.11/24" in link(one, "eth1")
     one.inside("reboot", check=False)
     one.booted(2)

@@ -106,19 +106,15 @@ def test_a_port_goes_even_when_the_container_ends_badly(switch: str, vm: NewVm) 
     one = vm()
     device = add_nic(one, switch, "10.88.0.12")
     one.deployed().booted()
-    libvirtd = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
     init = machine.init_pid(one.name)
     with open(f"/proc/{init}/stat") as stat:
         controller = int(stat.read().rpartition(")")[2].split()[1])
-    machine.command(libvirtd, "kill")
-    os.kill(controller, signal.SIGKILL)
-    os.kill(init, signal.SIGKILL)
-    try:
+    with machine.libvirtd_away():
+        os.kill(controller, signal.SIGKILL)
+        os.kill(init, signal.SIGKILL)
         assert openvswitch.ports() == [device]
         one.act("cancel").ok()
         assert openvswitch.ports() == []
-    finally:
-        machine.command(libvirtd, "start")
 
 
 def test_a_switch_that_is_missing(switch: str, vm: NewVm) -> None:

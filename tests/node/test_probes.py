@@ -185,14 +185,10 @@ def test_os_release_leads_nowhere_outside(driver: Driver, vm, target: str) -> No
 def test_probes_do_without_libvirtd(driver: Driver, vm) -> None:  # type: ignore[no-untyped-def]
     one = vm()
     one.deployed().booted()
-    tool = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
-    machine.command(tool, "kill")
-    try:
+    with machine.libvirtd_away():
         assert states(driver)[one.vm_id] == "RUNNING"
         assert int(monitored(driver, one.vm_id)["MEMORY"]) > 0
         assert "TOTALCPU=" in probe(driver, "host/system")
-    finally:
-        machine.command(tool, "start")
 
 
 @MODERN

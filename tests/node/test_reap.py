@@ -10,14 +10,13 @@ from pathlib import Path
 
 from onelxc import rootclient
 from onelxc.model import VmPaths
-from onelxc.root import cgroups
+from onelxc.root import cgroups, orphans
 from tests.support import images, machine
 from tests.support.plain import Plain
 from tests.support.vms import Vm
 from tests.support.waiting import wait_until
 
 NewVm = Callable[..., Vm]
-LIBVIRTD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
 
 
 def states() -> dict[int, str]:
@@ -45,11 +44,8 @@ def test_only_the_dead_one_of_several_is_let_go_and_said_once(vm: NewVm) -> None
 def test_the_living_are_told_without_libvirt(vm: NewVm) -> None:
     """No probe waits for a libvirtd that hangs, as long as nothing has ended."""
     one = vm().deployed().booted()
-    machine.command(LIBVIRTD, "kill")
-    try:
+    with machine.libvirtd_away():
         assert states() == {one.vm_id: "running"}
-    finally:
-        machine.command(LIBVIRTD, "start")
 
 
 def test_one_that_reboots_is_never_off(vm: NewVm) -> None:
@@ -114,26 +110,25 @@ def test_frozen_by_somebody_elses_hand_is_suspended(vm: NewVm) -> None:
 
 def power_cut(one: Vm) -> None:
     """The processes, the mounts and the devices of a host that lost its power are gone; files are not."""
-    machine.command(LIBVIRTD, "kill")
-    for group in cgroups.groups(one.vm_id):
-        for pid in cgroups.processes(group.path):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(cgroups.processes(group.path) for group in cgroups.groups(one.vm_id)))
-    for group in cgroups.groups(one.vm_id):
-        cgroups.remove(group.path)
-    for link in machine.links():
-        if link.startswith(f"{one.name}-"):
-            machine.command("ip", "link", "delete", link)
-    for mount in machine.mounts():
-        if mount.point.startswith(VmPaths(one.vm_id).mounts + "/"):
-            machine.command("umount", mount.point)
-    for suffix in ("xml", "pid"):
-        Path(f"/run/libvirt/lxc/{one.name}.{suffix}").unlink(missing_ok=True)
-    record = Path(VmPaths(one.vm_id).record)
-    if record.exists():
-        data = json.loads(record.read_text())
-        record.write_text(json.dumps({**data, "boot": "another-boot"}))
-    machine.command(LIBVIRTD, "start")
+    with machine.libvirtd_away():
+        for group in cgroups.groups(one.vm_id):
+            for pid in cgroups.processes(group.path):
+                orphans.kill(pid)
+        wait_until(lambda: not any(cgroups.processes(group.path) for group in cgroups.groups(one.vm_id)))
+        for group in cgroups.groups(one.vm_id):
+            cgroups.remove(group.path)
+        for link in machine.links():
+            if link.startswith(f"{one.name}-"):
+                machine.command("ip", "link", "delete", link)
+        for mount in machine.mounts():
+            if mount.point.startswith(VmPaths(one.vm_id).mounts + "/"):
+                machine.command("umount", mount.point)
+        for suffix in ("xml", "pid"):
+            Path(f"/run/libvirt/lxc/{one.name}.{suffix}").unlink(missing_ok=True)
+        record = Path(VmPaths(one.vm_id).record)
+        if record.exists():
+            data = json.loads(record.read_text())
+            record.write_text(json.dumps({**data, "boot": "another-boot"}))
 
 
 def test_after_a_power_cut_it_is_off_not_resurrected_and_starts_anew(vm: NewVm, bridge: str) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 
 from onelxc import cgroup
 from tests.support import machine
-from tests.support.frontends import REPOSITORY
 from tests.support.vms import MONITORD, Vm
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.generation(MONITORD)
 
 NewVm = Callable[..., Vm]
-LIBVIRTD = os.path.join(REPOSITORY, "tests/bin/libvirtd")
 
 
 @pytest.fixture
@@ -69,8 +66,7 @@ def test_kept_through_restarts_of_the_container_and_of_libvirtd(one: Vm) -> None
     one.inside("reboot", check=False)
     one.booted(2)
     assert (limits(one), weight(one)) == (expected, shares)
-    machine.command(LIBVIRTD, "kill")
-    machine.command(LIBVIRTD, "start")
+    machine.restart_libvirtd()
     assert (limits(one), weight(one)) == (expected, shares)
     one.inside("reboot", check=False)
     one.booted(3)

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.generation(MONITORD)
 
 NewVm = Callable[..., Vm]
 SAVE_SUSPEND, BOOT_SUSPENDED, SAVE_STOP = 6, 21, 5
-LIBVIRTD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
 
 
 @pytest.fixture
@@ -125,8 +124,7 @@ def test_a_suspended_one_can_be_ended_and_rebooted(one: Vm, action: str) -> None
 def test_libvirtd_restarts_while_it_is_suspended(one: Vm) -> None:
     first = machine.init_pid(one.name)
     suspend(one)
-    machine.command(LIBVIRTD, "kill")
-    machine.command(LIBVIRTD, "start")
+    machine.restart_libvirtd()
     assert stands_still(one)
     assert states() == {one.vm_id: "paused"}
     resume(one)
@@ -136,8 +134,7 @@ def test_libvirtd_restarts_while_it_is_suspended(one: Vm) -> None:
 
 def test_cancelled_after_libvirtd_has_forgotten_that_it_is_suspended(one: Vm) -> None:
     suspend(one)
-    machine.command(LIBVIRTD, "kill")
-    machine.command(LIBVIRTD, "start")
+    machine.restart_libvirtd()
     one.act("cancel").ok()
     assert one.name not in machine.domains()
 

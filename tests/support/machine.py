@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import libvirt
@@ -30,6 +31,25 @@ def command(*argv: str, stdin: str | None = None, timeout_s: float = 60, check: 
     )
     assert not check or done.returncode == 0, f"{argv}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+LIBVIRTD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bin/libvirtd")
+
+
+@contextlib.contextmanager
+def libvirtd_away(how: str = "kill") -> Iterator[None]:
+    """libvirtd crashes (`how` "stop": is stopped), and is started again whatever happens meanwhile."""
+    command(LIBVIRTD, how)
+    try:
+        yield
+    finally:
+        command(LIBVIRTD, "start")
+
+
+def restart_libvirtd() -> None:
+    """It crashes and is started again; it answers when this returns."""
+    with libvirtd_away():
+        pass
 
 
 def domains() -> dict[str, int]:
