@@ -12,15 +12,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 HUB_LOG = "/var/log/onelxc/hub.log"
+SLOWER = 4 if os.environ.get("ONELXC_IN_VM") else 1
+"""In the emulated machine (tools/vm) conditions get more time, and are asked less often: asking costs it dear."""
 
 
-def wait_until(condition: Callable[[], T], what: str = "", *, timeout_s: float = 60, interval_s: float = 0.05) -> T:
-    """The first true answer of `condition`; AssertionError with `what` and the last answer if there is none in time.
-
-    The time is four times as long in the emulated machine (tools/vm).
-    """
-    if os.environ.get("ONELXC_IN_VM"):
-        timeout_s *= 4
+def wait_until(
+    condition: Callable[[], T], what: str = "", *, timeout_s: float = 60, interval_s: float = 0.05 * SLOWER
+) -> T:
+    """The first true answer of `condition`; AssertionError with `what` and the last answer if there is none in time."""
+    timeout_s *= SLOWER
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
