@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -243,11 +244,13 @@ def test_libvirt_not_running(vm: NewVm) -> None:
 
 def test_no_permission_for_libvirt(vm: NewVm) -> None:
     one = vm()
-    os.chmod("/run/libvirt/libvirt-sock", 0o600)
+    socket = "/run/libvirt/libvirt-sock"
+    mode = stat.S_IMODE(os.stat(socket).st_mode)
+    os.chmod(socket, 0o600)
     try:
         refused(one, one.deploy, "libvirt.*Permission denied")
     finally:
-        os.chmod("/run/libvirt/libvirt-sock", 0o770)
+        os.chmod(socket, mode)
 
 
 @contextlib.contextmanager
