@@ -100,11 +100,9 @@ def test_moving_the_vms_directory_away_and_back_is_no_deletion(vm: NewVm) -> Non
 
 def test_frozen_by_somebody_elses_hand_is_suspended(vm: NewVm) -> None:
     one = vm().deployed().booted()
-    group = next(group for group in cgroups.groups(one.vm_id) if group.kind in ("freezer", ""))
-    name, frozen, thawed = ("freezer.state", "FROZEN", "THAWED") if group.kind else ("cgroup.freeze", "1", "0")
-    Path(group.path, name).write_text(frozen)
+    one.freeze()
     wait_until(lambda: states() == {one.vm_id: "paused"}, "the freezer has taken hold")
-    Path(group.path, name).write_text(thawed)
+    one.freeze(False)
     wait_until(lambda: states() == {one.vm_id: "running"}, "it goes on")
 
 
