@@ -24,7 +24,7 @@ from tests.support import hostconf, installation
 from tests.support.plain_container import Container, eventually
 from tests.support.stream import PATH, Outcome
 from tests.support.vms import MONITORD, REMOTES, Vm
-from tests.support.waiting import wait_until
+from tests.support.waiting import SLOWER, wait_until
 
 BASE = 1879048192
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -145,10 +145,11 @@ def test_a_daemon_that_it_starts_lives_on_and_holds_nobody_up(one: Container) ->
 
 
 def test_time_limit(one: Container) -> None:
-    start(one.vm_id, "echo begun; sleep 888 & sleep 888", exec_timeout_s=0.5)
+    limit_s = 0.5 * SLOWER
+    start(one.vm_id, "echo begun; sleep 888 & sleep 888", exec_timeout_s=limit_s)
     told = result(one.vm_id)
     assert (told["status"], told["stdout"]) == ("ERROR", b"begun\n")
-    assert told["stderr"] == b"onelxc: killed after 0.5 s\n"
+    assert told["stderr"] == f"onelxc: killed after {limit_s:g} s\n".encode()
     assert run(one.vm_id, "ps -o args | grep -c '[s]leep 888'")["stdout"] == b"0\n"
 
 
