@@ -13,7 +13,7 @@ from typing import Any
 
 from onelxc import wire
 from onelxc.errors import HypervisorError, NoSuchDomainError
-from onelxc.hypervisor import Domain, Hypervisor, State
+from onelxc.hypervisor import IN_HAND_S, Domain, Hypervisor, State
 from onelxc.model import Init, Prepared, Vm
 
 QUOTED_LINES = 3
@@ -64,13 +64,16 @@ def restart(hypervisor: Hypervisor, domain: Domain, xml: str) -> Domain:
 
 
 def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
-    """Create a container and see that it lives. HypervisorError, with nothing left in libvirt, if it does not."""
-    for _ in range(STARTS):
+    """Create a container and see that it lives. HypervisorError, with nothing left in libvirt, if it does not.
+
+    On a host that is busy libvirt may just be late to know init: each start waits for it twice as long as the last.
+    """
+    for number in range(STARTS):
         domain = hypervisor.create(xml, name)
         try:
             if not domain.look_again():
                 raise HypervisorError(f"Cannot start {name}: its init ended at once")
-            if domain.in_hand():
+            if domain.in_hand(IN_HAND_S * 2**number):
                 return domain
         except BaseException:
             domain.end()
