@@ -98,6 +98,22 @@ def test_poll_lets_go_before_it_says_so(crashed: Vm) -> None:
     assert not [group for group in machine.cgroups() if crashed.name in group]
 
 
+@pytest.mark.parametrize("action", ["cancel", "poll"])
+def test_what_libvirt_destroyed_by_halves_does_not_come_back(vm: NewVm, action: str) -> None:
+    """A destroy that failed leaves libvirt's own file behind, which a restarted libvirtd makes a zombie of."""
+    one = vm().deployed().booted()
+    path = f"/run/libvirt/lxc/{one.name}.xml"
+    with open(path, "rb") as file:
+        kept = file.read()
+    machine.command("virsh", "-c", "lxc:///", "destroy", one.name)
+    wait_until(lambda: not os.path.exists(path), "libvirt has removed its file")
+    with open(path, "wb") as file:
+        file.write(kept)
+    one.act(action).ok()
+    machine.restart_libvirtd()
+    assert one.name not in machine.domains()
+
+
 @pytest.mark.parametrize("action", ["reboot", "shutdown", "cancel", "poll", "deploy"])
 def test_containers_go_on_without_libvirtd_and_are_known_again(vm: NewVm, action: str) -> None:
     one = vm().deployed().booted()
