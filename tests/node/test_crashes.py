@@ -105,8 +105,9 @@ def test_what_libvirt_destroyed_by_halves_does_not_come_back(vm: NewVm, action: 
     path = f"/run/libvirt/lxc/{one.name}.xml"
     with open(path, "rb") as file:
         kept = file.read()
-    machine.command("virsh", "-c", "lxc:///", "destroy", one.name)
-    wait_until(lambda: not os.path.exists(path), "libvirt has removed its file")
+    # Debian 12's really fails, with ENODEV, and forgets the container all the same
+    machine.command("virsh", "-c", "lxc:///", "destroy", one.name, check=False)
+    wait_until(lambda: one.name not in machine.domains(), "libvirt has forgotten it")
     with open(path, "wb") as file:
         file.write(kept)
     one.act(action).ok()
