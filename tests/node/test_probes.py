@@ -93,16 +93,13 @@ def test_status_follows_the_life_of_a_vm(driver: Driver, vm, bridge: str) -> Non
 def test_a_reboot_from_inside_is_no_poweroff(driver: Driver, vm) -> None:  # type: ignore[no-untyped-def]
     one = vm()
     one.deployed().booted()
-    controller = machine.init_pid(one.name)
+    first = machine.init_pid(one.name)
     one.inside("kill -TERM 1", check=False)  # busybox init reboots on it
     said = set()
 
     def again() -> bool:
         said.add(states(driver)[one.vm_id])
-        try:
-            return machine.init_pid(one.name) != controller
-        except (AssertionError, machine.libvirt.libvirtError):
-            return False
+        return one.runs_anew(first)
 
     wait_until(again, "the container is back", interval_s=0)
     one.booted(2)

@@ -57,7 +57,7 @@ def test_one_that_reboots_is_never_off(vm: NewVm) -> None:
 
         def restarted(first: int = first, seen: set[str] = seen) -> bool:
             seen.add(states().get(one.vm_id, "missing"))
-            return one.name in machine.domains() and machine.init_pid(one.name) != first
+            return one.runs_anew(first)
 
         wait_until(restarted, "the reboot", interval_s=0)
         assert seen == {"running"}

@@ -197,6 +197,13 @@ class Vm:
     def running(self) -> bool:
         return machine.domains().get(self.name) == 1
 
+    def runs_anew(self, first: int) -> bool:
+        """Whether another process than `first` is its process 1; False between two boots, where there may be none."""
+        try:
+            return machine.init_pid(self.name) != first
+        except (AssertionError, machine.libvirt.libvirtError):
+            return False
+
     def booted(self, times: int = 1, timeout_s: float = 60) -> Vm:
         """Wait until the container's own start scripts have run for the `times`th time.
 
