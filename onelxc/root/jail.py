@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import resource
 import select
@@ -190,6 +191,9 @@ def _pump(
 
 def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fds: dict[str, int], parent: int) -> None:
     """The first child: leaves the host's namespaces and waits for the second, the jail's init. Never returns."""
+    # What our parent left to the collector is the parent's to end: a connection to libvirt, ended here, waits for ever
+    # for an answer over descriptors that are closed, or another's.
+    gc.disable()
     status = 1
     try:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGALRM, signal.SIGPIPE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from onelxc.errors import GiveUpError, StorageError
-from onelxc.root import filesystems, importer, loops, mounts, syscalls, writeout
+from onelxc.root import filesystems, importer, jail, loops, mounts, syscalls, writeout
 from tests.support import machine
 from tests.support.waiting import wait_until
 
@@ -555,6 +556,32 @@ def test_a_checker_of_file_systems_ends_with_its_caller() -> None:
     caller.kill()
     caller.wait()
     wait_until(lambda: not checkers(), "it has ended")
+
+
+def test_what_waits_for_the_collector_is_not_ended_in_the_jail() -> None:
+    """It may be a connection to libvirt, whose end there waited for ever."""
+    ended = []
+
+    class Left:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            ended.append(self)
+
+    def collects() -> int:
+        gc.set_threshold(1)
+        [[] for _ in range(1000)]
+        return len(ended)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        Left()
+        done = jail.unpack(-1, ("true",), collects, [], lambda _: False, limit_s=60)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert (done.filter_status, done.status) == (0, 0)
 
 
 def test_what_is_no_archive_is_left_alone(place: Path) -> None:
