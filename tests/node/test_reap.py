@@ -60,7 +60,7 @@ def test_one_that_reboots_is_never_off(vm: NewVm) -> None:
             return one.runs_anew(first)
 
         wait_until(restarted, "the reboot", interval_s=0)
-        assert seen == {"running"}
+        assert seen <= {"running", "busy"}  # busy: a look at the moment in which the hub sees to the reboot
         one.booted(boots)
 
 
