@@ -6,6 +6,7 @@ libvirt's getInfo() is wrong on some machines (6 of 24 GiB seen), lscpu and vmst
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 from onelxc import kernelfile
@@ -96,6 +97,12 @@ def model_name(root: str = "") -> str:
 
 def architecture() -> str:
     return os.uname().machine
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """(6, 1) of a kernel's `release`, 6.1.0-18-amd64; (0, 0) of what is none."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
 
 def host_name() -> str:

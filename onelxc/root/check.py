@@ -10,12 +10,11 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc import __version__, command, kernelfile
+from onelxc import __version__, command, host, kernelfile
 from onelxc.errors import CommandError
 from onelxc.model import HELPER
 
@@ -81,8 +80,7 @@ def problems(user: str = "") -> list[Problem]:
 
 def kernel(release: str) -> Iterator[Problem]:
     """Idmapped mounts came with 5.12 (ext4, XFS), and with 5.15 for btrfs."""
-    match = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+    version = host.kernel_version(release)
     if version < (5, 12):
         yield Problem(True, f"kernel {release} has no idmapped mounts: unprivileged containers need 5.12 or later")
     elif version < (5, 15):

@@ -10,13 +10,12 @@ from __future__ import annotations
 import errno
 import glob
 import os
-import re
 import socket
 import struct
 import time
 from collections.abc import Iterable
 
-from onelxc import command, kernelfile
+from onelxc import command, host, kernelfile
 from onelxc.errors import CommandError, StorageError
 
 EXPORT = "disk"
@@ -38,8 +37,7 @@ def available() -> bool:
     Loaded by us, it looks for no partitions: they would be the host's to see, and LVM's to activate. Before 5.14 the
     kernel does not say what a device is for.
     """
-    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if version is None or (int(version.group(1)), int(version.group(2))) < (5, 14):
+    if host.kernel_version(os.uname().release) < (5, 14):
         return False
     if not os.path.isdir("/sys/module/nbd"):
         try:

@@ -214,13 +214,6 @@ def may_grow_mounted() -> bool:
     return bool(int(found.group(1), 16) >> 24 & 1)
 
 
-def kernel() -> tuple[int, int]:
-    """Its version: (6, 1). Linux maps the ids of squashfs from 6.2 on."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    assert found
-    return int(found.group(1)), int(found.group(2))
-
-
 def links() -> set[str]:
     return set(os.listdir("/sys/class/net"))
 
