@@ -11,7 +11,7 @@ from collections.abc import Callable
 import libvirt
 import pytest
 
-from onelxc.root import cgroups
+from onelxc.root import cgroups, freezer
 from tests.support import leaks, machine
 from tests.support.vms import HOST, Vm
 from tests.support.waiting import wait_until
@@ -183,7 +183,7 @@ def test_frozen_containers_are_ended_and_rebooted_too(vm: NewVm, action: str) ->
     one = vm().deployed().booted()
     first = machine.init_pid(one.name)
     if cgroups.version() == 2:
-        one.freeze()
+        freezer.freeze(one.vm_id)
     else:
         connection = libvirt.open("lxc:///")
         connection.lookupByName(one.name).suspend()

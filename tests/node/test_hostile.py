@@ -16,7 +16,7 @@ from onelxc import executions
 from onelxc.config import HostConfig
 from onelxc.errors import HypervisorError, NoSuchDomainError
 from onelxc.model import VmPaths
-from onelxc.root import cgroups, execution, inside, orphans
+from onelxc.root import execution, freezer, inside, orphans
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 from tests.support import machine
@@ -97,15 +97,13 @@ def test_a_container_held_by_its_freezer_does_not_hold_the_action(
 ) -> None:
     one = container(841, "exec sleep 1000")
     eventually("init", lambda: orphans.comm(init(841)) == "sleep")
-    groups = [group for group in cgroups.groups(841) if group.kind in ("", "freezer")]
-    for group in groups:
-        cgroups.write(group.path, *(("freezer.state", "FROZEN") if group.kind else ("cgroup.freeze", "1")))
+    freezer.freeze(841)
     monkeypatch.setattr(execution, "BEGIN_S", 1.0)
     try:
         with pytest.raises(HypervisorError, match="it did not begin within 1 s"):
             start(841, "echo x > /done")
     finally:
-        orphans.thaw(tuple(groups))
+        freezer.thaw(841)
     eventually("no attendant", lambda: not executions.running(841))
     assert not (one.root / "done").exists()
     assert executions.pending() == []
@@ -115,9 +113,7 @@ def test_a_command_whose_action_was_broken_off_does_not_run_on(container: Callab
     """OpenNebula was told that the command could not be executed: it must not be, then."""
     container(842, "exec sleep 1000")
     eventually("init", lambda: orphans.comm(init(842)) == "sleep")
-    groups = tuple(group for group in cgroups.groups(842) if group.kind in ("", "freezer"))
-    for group in groups:
-        cgroups.write(group.path, *(("freezer.state", "FROZEN") if group.kind else ("cgroup.freeze", "1")))
+    freezer.freeze(842)
     action = os.fork()
     if action == 0:
         try:
@@ -127,7 +123,7 @@ def test_a_command_whose_action_was_broken_off_does_not_run_on(container: Callab
     eventually("the attendant", lambda: executions.running(842))
     os.kill(action, signal.SIGKILL)
     os.waitpid(action, 0)
-    orphans.thaw(groups)
+    freezer.thaw(842)
     eventually("no attendant", lambda: not executions.running(842))
     assert not [pid for pid in machine.pids() if "sleep 998" in machine.command_line(pid)]
     assert executions.pending() == []

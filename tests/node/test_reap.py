@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onelxc import rootclient
 from onelxc.model import VmPaths
-from onelxc.root import cgroups, orphans
+from onelxc.root import cgroups, freezer, orphans
 from tests.support import images, machine
 from tests.support.plain import Plain
 from tests.support.vms import Vm
@@ -62,6 +62,7 @@ def test_one_that_reboots_is_never_off(vm: NewVm) -> None:
         wait_until(restarted, "the reboot", interval_s=0)
         assert seen <= {"running", "busy"}  # busy: a look at the moment in which the hub sees to the reboot
         one.booted(boots)
+        wait_until(lambda: states() == {one.vm_id: "running"}, "the hub has done")
 
 
 def test_containers_that_are_not_ours_are_not_even_listed(vm: NewVm) -> None:
@@ -100,9 +101,9 @@ def test_moving_the_vms_directory_away_and_back_is_no_deletion(vm: NewVm) -> Non
 
 def test_frozen_by_somebody_elses_hand_is_suspended(vm: NewVm) -> None:
     one = vm().deployed().booted()
-    one.freeze()
+    freezer.freeze(one.vm_id)
     wait_until(lambda: states() == {one.vm_id: "paused"}, "the freezer has taken hold")
-    one.freeze(False)
+    freezer.thaw(one.vm_id)
     wait_until(lambda: states() == {one.vm_id: "running"}, "it goes on")
 
 
@@ -118,6 +119,7 @@ def power_cut(one: Vm) -> None:
         for link in machine.links():
             if link.startswith(f"{one.name}-"):
                 machine.command("ip", "link", "delete", link, check=False)  # the kernel may be quicker
+        wait_until(lambda: not any(link.startswith(f"{one.name}-") for link in machine.links()), "its links are gone")
         for mount in machine.mounts():
             if mount.point.startswith(VmPaths(one.vm_id).mounts + "/"):
                 machine.command("umount", mount.point)

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from onelxc.root import cgroups
 from tests.support import machine, templates
 from tests.support.frontends import DRIVERS, MONITORD, PULL
 from tests.support.stream import USER, Outcome, Running
@@ -178,14 +177,6 @@ class Vm:
 
     def inside(self, shell: str, *, timeout_s: float = 30, check: bool = True, uid: int = 0) -> str:
         return machine.inside(self.name, shell, timeout_s=timeout_s, check=check, uid=uid)
-
-    def freeze(self, frozen: bool = True) -> None:
-        """By its control group, past libvirt and the driver; False thaws it."""
-        group = next(group for group in cgroups.groups(self.vm_id) if group.kind in ("freezer", ""))
-        if group.kind:
-            cgroups.write(group.path, "freezer.state", "FROZEN" if frozen else "THAWED")
-        else:
-            cgroups.write(group.path, "cgroup.freeze", str(int(frozen)))
 
     @property
     def privileged(self) -> bool:
