@@ -291,12 +291,14 @@ class _Import:
     def _unpack(self, mount_fd: int, out: writeout.WriteOut) -> None:
         watch = functools.partial(self._watch, out)
         unpacker = gunzip.main if self.archive.compression == "gzip" else self.archive.decompressor
-        outcome = jail.unpack(mount_fd, _TAR, unpacker, self._chunks(), watch, limit_s=self.limits.seconds)
+        filters = [jail.Filter(unpacker)] if unpacker else []
+        outcome = jail.unpack(mount_fd, _TAR, filters, self._chunks(), watch, limit_s=self.limits.seconds)
         if _NO_SPACE.search(outcome.stderr):
             raise _TooSmall
-        if outcome.filter_status not in (0, -13):
-            said = _first_line(outcome.filter_stderr) or f"{self.archive.compression} failed"
-            raise StorageError(f"the archive is corrupt or truncated: {said}")
+        for one in outcome.filters:
+            if one.status not in (0, -13):
+                said = _first_line(one.stderr) or f"{self.archive.compression} failed"
+                raise StorageError(f"the archive is corrupt or truncated: {said}")
         if outcome.status != 0:
             said = _first_line(outcome.stderr) or f"exit code {outcome.status}"
             # what a decompressor without checksums, or with one at the end that tar never comes to, lets through

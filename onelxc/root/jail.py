@@ -3,7 +3,8 @@
 The archive's names are resolved by tar, as root, with capabilities to chown and mknod. So tar runs where the host is
 not: a mount namespace pivoted into an empty read-only root with the host's /usr (read-only), the new file system at
 /t and nothing more; no network, no other process, no capability beyond those of a file's attributes. The decompressor
-runs beside it as nobody. When the parent dies or gives up, all of it is killed with the pid namespace's init.
+runs beside it without any rights. Each has limits. When the parent dies or gives up, all of it is killed with the pid
+namespace's init.
 """
 
 from __future__ import annotations
@@ -39,79 +40,142 @@ _CAPABILITIES = (
     syscalls.CAP_MKNOD,
     syscalls.CAP_SETFCAP,
 )
-_NOBODY = 65534
+_STRANGERS = 0xF0000000
+"""The uid of filters is this and their jail's process number: no other process has it, so limits count theirs only."""
 _TEXT_LIMIT = 256 << 10
 _SAID = 500
 _TICK_MS = 200
 _F_SETPIPE_SZ = 1031
 
-Filter = Union[Sequence[str], Callable[[], int]]
-"""A program, or a function of ours that gives its exit code; () for none."""
+Program = Union[Sequence[str], Callable[[], int]]
+"""A program, or a function of ours that gives its exit code."""
 
 
-@dataclass
-class Outcome:
-    """How the two programs ended: exit codes (negative: a signal), and what they wrote."""
+@dataclass(frozen=True)
+class Limits:
+    """What one process may take at most; None: as much as there is. How long all may take is `limit_s`.
 
-    filter_status: int
+    `memory_bytes` counts heap and private mappings (RLIMIT_DATA), not programs and libraries. `processes` counts
+    threads as well; the kernel does not hold root to it, only filters.
+    """
+
+    memory_bytes: int | None = None
+    cpu_s: int | None = None
+    processes: int | None = None
+    file_bytes: int | None = None
+
+    def apply(self) -> None:
+        """Hold this process, and what it executes, to them."""
+        for number, value in (
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_DATA, self.memory_bytes),
+            (resource.RLIMIT_CPU, self.cpu_s),
+            (resource.RLIMIT_NPROC, self.processes),
+            (resource.RLIMIT_FSIZE, self.file_bytes),
+        ):
+            if value is not None:
+                resource.setrlimit(number, (value, value))
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What runs beside the main program, as a user of its own without rights: stdin → stdout.
+
+    `fds` are descriptors that a function of ours uses besides.
+    """
+
+    program: Program
+    limits: Limits = Limits()
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a program ended: its exit code (negative: a signal), and what it wrote on stderr."""
+
     status: int
-    filter_stderr: str
     stderr: str
+
+
+@dataclass(frozen=True)
+class Outcome(Ending):
+    """How the main program ended, what it wrote on stdout, and how its filters ended."""
+
     stdout: str
+    filters: tuple[Ending, ...] = ()
 
 
 def unpack(
     mount_fd: int,
     argv: Sequence[str],
-    filter_argv: Filter,
+    filters: Sequence[Filter],
     source: Iterable[bytes],
     watch: Callable[[str], bool],
     *,
     limit_s: float,
+    limits: Limits = Limits(),
     source_fd: int = -1,
 ) -> Outcome:
-    """Run `argv` with the detached mount at TARGET and `source` on its stdin, through `filter_argv` if that is not ().
+    """Run `argv` with the detached mount at TARGET and `source` on its stdin, through the `filters`.
 
     `source_fd` is another detached mount, seen at SOURCE.
 
     `watch` is called several times a second with what `argv` wrote on stderr so far. True ends the run at once; what
     it raises (a cancel, no space left) ends it as well and is passed on. Nothing of the jail outlives this call.
     """
-    return _run({TARGET: mount_fd, SOURCE: source_fd}, argv, filter_argv, source, watch, limit_s)
+    return _run({TARGET: mount_fd, SOURCE: source_fd}, _Main(argv, limits), filters, source, watch, limit_s)
 
 
-def on_device(device: str, argv: Sequence[str], *, limit_s: float) -> Outcome:
+def read(
+    filters: Sequence[Filter], source: Iterable[bytes], watch: Callable[[str], bool], *, limit_s: float
+) -> tuple[Ending, ...]:
+    """Run the filters alone, one behind the other; the last writes what it finds to a descriptor of its own."""
+    return _run({}, None, filters, source, watch, limit_s).filters
+
+
+def on_device(device: str, argv: Sequence[str], *, limit_s: float, limits: Limits = Limits()) -> Outcome:
     """Run `argv`, a checker of file systems, with the block device at DEVICE and nothing else of the host's."""
     try:
         node = syscalls.open_tree(device)
     except OSError as error:
         raise StorageError(f"Cannot open {device}: {error.strerror}") from error
     try:
-        return _run({DEVICE: node}, argv, (), (), lambda _: False, limit_s)
+        return _run({DEVICE: node}, _Main(argv, limits), (), (), lambda _: False, limit_s)
     finally:
         os.close(node)
 
 
+@dataclass(frozen=True)
+class _Main:
+    """The program that runs as root, with the capabilities that a file's attributes need."""
+
+    program: Sequence[str]
+    limits: Limits
+    fds: tuple[int, ...] = ()
+
+
 def _run(  # noqa: PLR0917
     places: dict[str, int],
-    argv: Sequence[str],
-    filter_argv: Filter,
+    main: _Main | None,
+    filters: Sequence[Filter],
     source: Iterable[bytes],
     watch: Callable[[str], bool],
     limit_s: float,
 ) -> Outcome:
     """Run in a jail that has these detached mounts (-1: none) at these places."""
-    pipes = {name: os.pipe() for name in ("input", "out", "err", "filter_err", "status")}
+    programs: list[Filter | _Main] = [*filters, *([main] if main else [])]
+    errors = [f"err{number}" for number in range(len(programs))]
+    pipes = {name: os.pipe() for name in ("input", "out", *errors, "status")}
     _widen(pipes["input"][1])
     inner = {name: pair[0] if name == "input" else pair[1] for name, pair in pipes.items()}
     outer = {name: pair[1] if name == "input" else pair[0] for name, pair in pipes.items()}
     pid = os.fork()
     if pid == 0:
-        _outside(places, argv, filter_argv, inner, os.getppid())
+        _outside(places, programs, inner, os.getppid())
     for fd in inner.values():
         os.close(fd)
     try:
-        texts = _pump(outer, source, watch, limit_s)
+        texts = _pump(outer, source, watch, limit_s, errors[-1])
     finally:
         _kill(pid)
         for fd in outer.values():
@@ -119,9 +183,15 @@ def _run(  # noqa: PLR0917
                 os.close(fd)
     said = {name: data.decode(errors="replace") for name, data in texts.items()}
     words = said["status"].split()
-    if len(words) != 2:
-        raise StorageError(f"{argv[0]} did not run: {' '.join(said['err'].split()) or 'it ended without a word'}")
-    return Outcome(int(words[0]), int(words[1]), said["filter_err"], said["err"], said["out"])
+    if len(words) != len(programs):
+        name = _name(programs[-1].program)
+        raise StorageError(f"{name} did not run: {' '.join(said[errors[-1]].split()) or 'it ended without a word'}")
+    endings = [Ending(int(word), said[name]) for word, name in zip(words, errors)]
+    return Outcome(endings[-1].status, endings[-1].stderr, said["out"], tuple(endings[: len(filters)]))
+
+
+def _name(program: Program) -> str:
+    return str(getattr(program, "__module__", "the filter")) if callable(program) else program[0]
 
 
 def _widen(pipe: int) -> None:
@@ -138,7 +208,7 @@ def _kill(pid: int) -> None:
 
 
 def _pump(
-    outer: dict[str, int], source: Iterable[bytes], watch: Callable[[str], bool], limit_s: float
+    outer: dict[str, int], source: Iterable[bytes], watch: Callable[[str], bool], limit_s: float, watched: str
 ) -> dict[str, bytes]:
     """Feed stdin and gather the rest until the status pipe closes."""
     texts = {name: b"" for name in outer if name != "input"}
@@ -156,11 +226,11 @@ def _pump(
         now = time.monotonic()
         if now >= next_watch:
             next_watch = now + _TICK_MS / 1000
-            if watch(texts["err"].decode(errors="replace")):
-                texts["status"] = b"-9 -9"
+            if watch(texts[watched].decode(errors="replace")):
+                texts["status"] = b" ".join(b"-9" for name in texts if name.startswith("err"))
                 return texts
             if now > deadline:
-                said = " ".join((texts["out"] + texts["err"]).decode(errors="replace").split())
+                said = " ".join((texts["out"] + texts[watched]).decode(errors="replace").split())
                 raise StorageError(f"no end after {limit_s:g} s" + (f": {said[:_SAID]}" if said else ""))
         for fd, _ in events:
             name = names[fd]
@@ -189,7 +259,7 @@ def _pump(
     return texts
 
 
-def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fds: dict[str, int], parent: int) -> None:
+def _outside(trees: dict[str, int], programs: Sequence[Filter | _Main], fds: dict[str, int], parent: int) -> None:
     """The first child: leaves the host's namespaces and waits for the second, the jail's init. Never returns."""
     # What our parent left to the collector is the parent's to end: a connection to libvirt, ended here, waits for ever
     # for an answer over descriptors that are closed, or another's.
@@ -201,10 +271,11 @@ def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fd
         # SIGTERM waits until there is somebody to be killed
         signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGTERM,))
         os.setsid()
-        _keep_only({*trees.values(), *fds.values()} - {-1})
+        _keep_only({*trees.values(), *fds.values(), *(fd for one in programs for fd in one.fds)} - {-1})
         syscalls.die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
+        stranger = _STRANGERS + os.getpid()
         syscalls.unshare(
             syscalls.CLONE_NEWNS
             | syscalls.CLONE_NEWPID
@@ -216,7 +287,7 @@ def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fd
         if pid == 0:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             syscalls.die_with_parent()
-            _inside(trees, argv, filter_argv, fds)
+            _inside(trees, programs, fds, stranger)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGKILL))
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for fd in fds.values():
@@ -226,18 +297,23 @@ def _outside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fd
         status = 0 if os.waitpid(pid, 0)[1] == 0 else 1
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.write(fds["err"], str(error).encode(errors="replace"))
+            os.write(fds[f"err{len(programs) - 1}"], str(error).encode(errors="replace"))
     finally:
         os._exit(status)
 
 
-def _keep_only(fds: set[int]) -> None:
-    """Close all but these: a lock or a protocol's pipe must not live on in the jail."""
+def _close_others(fds: Iterable[int]) -> None:
+    """Close all but these and the three of every process."""
     last = 3
     for fd in sorted(fds):
         os.closerange(last, fd)
         last = fd + 1
     os.closerange(last, _descriptors())
+
+
+def _keep_only(fds: set[int]) -> None:
+    """Close all but these: a lock or a protocol's pipe must not live on in the jail."""
+    _close_others(fds)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -248,57 +324,61 @@ def _descriptors() -> int:
     return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536)
 
 
-def _inside(trees: dict[str, int], argv: Sequence[str], filter_argv: Filter, fds: dict[str, int]) -> None:
-    """The second child, process 1 of the jail: builds the root, runs the two programs, tells how they ended."""
+def _inside(trees: dict[str, int], programs: Sequence[Filter | _Main], fds: dict[str, int], stranger: int) -> None:
+    """The second child, process 1 of the jail: builds the root, runs the programs, tells how they ended."""
     status = 1
     try:
         _build(trees)
         os.umask(0)
-        filter_pid = 0
         stdin = fds["input"]
-        if filter_argv:
-            middle_r, middle_w = os.pipe()
-            _widen(middle_w)
-            filter_pid = _start(filter_argv, {0: stdin, 1: middle_w, 2: fds["filter_err"]}, ())
-            os.close(middle_w)
+        pids = []
+        for number, one in enumerate(programs):
+            if number < len(programs) - 1:
+                after, stdout = os.pipe()
+                _widen(stdout)
+            else:
+                after, stdout = -1, fds["out"]
+            pids.append(_start(one, {0: stdin, 1: stdout, 2: fds[f"err{number}"]}, stranger))
             os.close(stdin)
-            stdin = middle_r
-        pid = _start(argv, {0: stdin, 1: fds["out"], 2: fds["err"]}, _CAPABILITIES)
-        for fd in (stdin, fds["out"], fds["err"], fds["filter_err"]):
-            os.close(fd)
+            os.close(stdout)
+            stdin = after
+        for name, fd in fds.items():
+            if name.startswith("err"):
+                os.close(fd)
         ended: dict[int, int] = {}
-        while len(ended) < (2 if filter_pid else 1):
+        while len(ended) < len(programs):
             gone, raw = os.waitpid(-1, 0)
             ended[gone] = -os.WTERMSIG(raw) if os.WIFSIGNALED(raw) else os.WEXITSTATUS(raw)
-        os.write(fds["status"], f"{ended.get(filter_pid, 0)} {ended[pid]}".encode())
+        os.write(fds["status"], " ".join(str(ended[pid]) for pid in pids).encode())
         status = 0
     except BaseException:
         with contextlib.suppress(OSError):
-            os.write(fds["err"], traceback.format_exc().splitlines()[-1].encode(errors="replace"))
+            os.write(fds[f"err{len(programs) - 1}"], traceback.format_exc().splitlines()[-1].encode(errors="replace"))
     finally:
         os._exit(status)
 
 
-def _start(argv: Filter, streams: dict[int, int], capabilities: tuple[int, ...]) -> int:
-    """Fork and execute with these descriptors; without capabilities also as nobody."""
+def _start(one: Filter | _Main, streams: dict[int, int], stranger: int) -> int:
+    """Fork and execute with these descriptors; a filter without rights."""
     pid = os.fork()
     if pid:
         return pid
     try:
         for target, source in streams.items():
             os.dup2(source, target)
-        if not capabilities:
+        if isinstance(one, Filter):
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-        syscalls.keep_capabilities(capabilities)
-        if not callable(argv):
-            os.execvpe(argv[0], list(argv), dict(command.ENVIRONMENT))
-        os.closerange(3, _descriptors())  # an end of a pipe kept here would keep the other end waiting
-        os._exit(argv())
-    except Exception as error:
-        name = argv.__module__ if callable(argv) else argv[0]
-        os.write(2, f"{name}: {error.strerror if isinstance(error, OSError) else error}".encode())
+            os.setresgid(stranger, stranger, stranger)
+            os.setresuid(stranger, stranger, stranger)
+        syscalls.keep_capabilities(() if isinstance(one, Filter) else _CAPABILITIES)
+        one.limits.apply()
+        if not callable(one.program):
+            os.execvpe(one.program[0], list(one.program), dict(command.ENVIRONMENT))
+        _close_others(one.fds)  # an end of a pipe kept here would keep the other end waiting
+        os._exit(one.program())
+    except BaseException as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error) or type(error).__name__
+        os.write(2, f"{_name(one.program)}: {cause}".encode())
     finally:
         os._exit(127)
     return 0

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -578,10 +578,49 @@ def test_what_waits_for_the_collector_is_not_ended_in_the_jail() -> None:
     gc.set_threshold(0)
     try:
         Left()
-        done = jail.unpack(-1, ("true",), collects, [], lambda _: False, limit_s=60)
+        done = jail.unpack(-1, ("true",), [jail.Filter(collects)], [], lambda _: False, limit_s=60)
     finally:
         gc.set_threshold(*thresholds)
-    assert (done.filter_status, done.status) == (0, 0)
+    assert (done.filters[0].status, done.status) == (0, 0)
+
+
+def _allocates() -> int:
+    return len(bytearray(200 << 20)) and 0
+
+
+def _forks() -> int:
+    for _ in range(8):
+        if os.fork() == 0:
+            time.sleep(60)
+    return 0
+
+
+def _writes() -> int:
+    os.write(2, b"x")
+    with open(os.memfd_create("x"), "wb") as file:
+        file.write(bytes(8192))
+    return 0
+
+
+def _computes() -> int:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    "program,limits",
+    [
+        (_allocates, jail.Limits(memory_bytes=128 << 20)),
+        (_forks, jail.Limits(processes=4)),
+        (_writes, jail.Limits(file_bytes=4096)),
+        (_computes, jail.Limits(cpu_s=1)),
+    ],
+)
+def test_limits_of_a_jail(program: Callable[[], int], limits: jail.Limits) -> None:
+    """Each lets pass what is within, and ends what is beyond."""
+    if program is not _computes:
+        assert jail.read([jail.Filter(program)], [], lambda _: False, limit_s=60)[0].status == 0
+    assert jail.read([jail.Filter(program, limits)], [], lambda _: False, limit_s=60)[0].status != 0
 
 
 def test_what_is_no_archive_is_left_alone(place: Path) -> None:
