@@ -6,12 +6,25 @@ One base class. A subclass exists only where a reader or a caller acts different
 
 from __future__ import annotations
 
+LINE_LIMIT = 2000
+"""Characters of a line of text: what it quotes may be a tenant's, and as long as he likes."""
+
+
+def line(text: str) -> str:
+    """One line of bounded length that only prints. For every text that leaves us, since it may quote a tenant: control
+    characters, C1 among them, and those that turn the direction of writing would act on somebody's terminal.
+    """
+    short = " ".join(text[: 4 * LINE_LIMIT].split())
+    if len(short) > LINE_LIMIT:
+        short = f"{short[:LINE_LIMIT]} (and so on)"
+    return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
+
 
 class OneLxcError(Exception):
     """Base of all errors that reach the user; `str()` is one line of text."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return line(super().__str__())
 
 
 class TemplateError(OneLxcError):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
+from onelxc.errors import line
+
 FRAME_BEGIN = "ERROR MESSAGE --8<------"
 FRAME_END = "ERROR MESSAGE ------>8--"
 
@@ -30,20 +32,15 @@ class Report:
     def info(self, text: str) -> None:
         """A line for the log, only when asked for: 6.0.3 to 6.10 show all of stderr to the user."""
         if self.verbose:
-            sys.stderr.write(f"INFO: {self.action}: {_line(text)}\n")
+            sys.stderr.write(f"INFO: {self.action}: {line(text)}\n")
 
     def error(self, error: BaseException | str) -> None:
         """The one line for the user. It carries no prefix: 7.x keeps `ERROR: …` from the user."""
-        text = _line(str(error)) or type(error).__name__
+        text = line(str(error)) or type(error).__name__
         if self.framed:
             text = f"{FRAME_BEGIN}\n{text}\n{FRAME_END}"
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-
-
-def _line(text: str) -> str:
-    """One printable line: control characters of a tenant's console must not reach somebody's terminal."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def silence_stdout_of_children() -> None:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc import __version__, command, host, kernelfile
+from onelxc import __version__, command, errors, host, kernelfile
 from onelxc.errors import CommandError
 from onelxc.model import HELPER
 
@@ -276,7 +276,7 @@ def main(user: str = "") -> int:
         return 1
     found = problems(user)
     for problem in found:
-        print(problem)
+        print(errors.line(str(problem)))
     fatal = any(problem.fatal for problem in found)
     print("Containers cannot run here yet." if fatal else "Containers can run here.")
     return int(fatal)

@@ -24,7 +24,7 @@ import sys
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from onelxc import __version__, command, names
+from onelxc import __version__, command, errors, names
 from onelxc.errors import HelperError, OneLxcError
 from onelxc.model import VmPaths
 from onelxc.root.verbs import ANY_VERSION, ONE_SHOT
@@ -119,7 +119,7 @@ def _locked(verb: str, vm_id: int, policy: HostConfig) -> None:
 
     held = lock.acquire(vm_id, verb, timeout_s=LOCK_S, log=lambda _text: None)
     journal = Journal(VmPaths(vm_id).journal, verb)
-    work = Work(vm_id, verb, journal, policy, lambda text: print(text, file=sys.stderr))
+    work = Work(vm_id, verb, journal, policy, lambda text: print(errors.line(text), file=sys.stderr))
     try:
         if verb == "refresh":
             refresh.refresh(work)
@@ -144,7 +144,7 @@ def _one_shot(words: list[str], policy: Any) -> int:
         raise HelperError(f"Cannot read a request: {error}") from error
     module, function = ONE_SHOT[words[0]]
     verb = getattr(importlib.import_module(module), function)
-    _say({"ok": verb(policy, request, lambda text: _say({"log": " ".join(text.split())}))})
+    _say({"ok": verb(policy, request, lambda text: _say({"log": errors.line(text)}))})
     return 0
 
 

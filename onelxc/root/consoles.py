@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Callable
 
+from onelxc.errors import line
 from onelxc.model import VmPaths
 from onelxc.names import RUN, deploy_id
 from onelxc.root.consolelog import ConsoleLog
@@ -301,7 +302,7 @@ def _ours(vm_id: int) -> bool:
 
 def complain(text: str) -> None:
     """A line for the hub's own log, which is where its stderr goes."""
-    sys.stderr.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + " ".join(text.split()) + "\n")
+    sys.stderr.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + line(text) + "\n")
     sys.stderr.flush()
 
 

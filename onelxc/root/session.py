@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from onelxc import errors
 from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import VmPaths
 from onelxc.root import lock
@@ -207,7 +208,7 @@ class Session:
                 _answer_error(error)
 
     def _log(self, text: str) -> None:
-        _write_message({"log": " ".join(text.split())})
+        _write_message({"log": errors.line(text)})
 
 
 def _run(work: Work, line: bytes) -> Any:
