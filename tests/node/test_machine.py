@@ -6,7 +6,10 @@ import os
 import subprocess
 
 from tests.support import images, leaks, machine
+from tests.support.frontends import REPOSITORY
 from tests.support.waiting import wait_until
+
+ALONE = os.path.join(REPOSITORY, "tests/alone")
 
 
 def test_libvirt_answers_with_no_domain_of_others() -> None:
@@ -55,3 +58,34 @@ def test_libvirtd_can_be_taken_away() -> None:
     with machine.libvirtd_away():
         wait_until(lambda: subprocess.run(["virsh", "-c", "lxc:///", "list"], capture_output=True).returncode != 0)
     assert machine.domains() == {}
+
+
+def test_machines_in_different_pid_namespaces_keep_their_control_groups() -> None:
+    """Each is process 1 of its own, sees none of the other's processes, and tidies up at its start and its end."""
+    top = next(path for path in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs"))
+    environment = {**os.environ, "ALONE_LIBVIRTD": "no"}
+
+    def begin(script: str) -> subprocess.Popen[str]:
+        argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", ALONE, "bash", "-euc", script]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def groups() -> set[str]:
+        return {name for name in os.listdir(top) if name.startswith("onelxc-alone")}
+
+    first = begin(f"mkdir -p {top}/empty/below; echo made; read -r; ls -d {top}/empty/below")
+    assert first.stdin and first.stdout
+    assert first.stdout.readline() == "made\n"
+    own = groups()
+    assert len(own) == 1
+    second, third = (begin("true") for _ in range(2))
+    assert [one.wait(60) for one in (second, third)] == [0, 0]
+    assert groups() == own
+    assert first.communicate("\n", timeout=60)[0] == f"{top}/empty/below\n"
+    assert (first.returncode, groups()) == (0, set())
+
+
+def test_what_a_killed_machine_left_is_removed_by_the_next() -> None:
+    top = next(path for path in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs"))
+    os.makedirs(f"{top}/onelxc-alone.1/below")
+    machine.command(ALONE, "true")
+    assert not os.path.exists(f"{top}/onelxc-alone.1")
