@@ -17,7 +17,8 @@ libvirt's LXC driver is imprecise about the end of a container; what is worked a
   with the event loop before its program). Such a container runs, but its end is never noticed and its reboot is an
   end: `Domain.in_hand`.
 * `shutdown` and `reboot` report success and do nothing for an init without initctl, and its "signal" mode makes
-  busybox reboot. So each init is asked in its own language.
+  busybox reboot; by initctl it opens a path of the tenant's as the host's root. So neither is called, and each init is
+  asked in its own language.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ _STATES = {
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 # What an init wants to be sent, by number: the container's C library, not ours, says what SIGRTMIN+4 is, and that is 38
-# on every Linux that systemd runs on. None: by initctl, which libvirt speaks.
-_STOP_SIGNAL = {
+# on every Linux that systemd runs on. sysvinit hears no signal: see `root.telinit`.
+STOP_SIGNALS = {
     Init.SYSTEMD: 38,
     Init.BUSYBOX: int(signal.SIGUSR2),
     Init.OPENRC: int(signal.SIGTERM),
     Init.OTHER: int(signal.SIGTERM),
 }
-_REBOOT_SIGNAL = {
+REBOOT_SIGNALS = {
     Init.SYSTEMD: 39,
     Init.BUSYBOX: int(signal.SIGTERM),
     Init.OPENRC: int(signal.SIGINT),
@@ -196,7 +197,7 @@ class Domain:
         init = init_of(controller)
         if init is None:
             return False
-        return _lives(init) and _command_line(init) != _command_line(controller)
+        return _lives(init) and _name(init) != _name(controller)
 
     def look_again(self) -> bool:
         """After `create`: wait until init was executed, then see that it lives on. False if it does not.
@@ -240,23 +241,6 @@ class Domain:
         """As it runs now, live-attached devices included, in the form that `create` takes."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE
         return str(_call(f"Cannot read the description of {self.name}", lambda: self._handle.XMLDesc(flags)))
-
-    def ask_stop(self, init: Init) -> None:
-        """Ask init to power off, in its language; returns at once. Nothing happens where it has ended."""
-        if init is Init.SYSVINIT:
-            self._initctl(self._handle.shutdownFlags, libvirt.VIR_DOMAIN_SHUTDOWN_INITCTL, "shut down")
-        else:
-            self.signal(_STOP_SIGNAL[init])
-
-    def ask_reboot(self, init: Init) -> bool:
-        """Ask init to reboot; returns at once. False where this init has no word for it."""
-        if init is Init.SYSVINIT:
-            self._initctl(self._handle.reboot, libvirt.VIR_DOMAIN_REBOOT_INITCTL, "reboot")
-            return True
-        if init not in _REBOOT_SIGNAL:
-            return False
-        self.signal(_REBOOT_SIGNAL[init])
-        return True
 
     def signal(self, number: int) -> None:
         """Send a signal to PID 1. Nothing happens where it has ended."""
@@ -375,10 +359,6 @@ class Domain:
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         _call(f"Cannot set the CPU of {self.name}", lambda: self._handle.setSchedulerParametersFlags(values, flags))
 
-    def _initctl(self, ask: Callable[[int], object], flag: int, verb: str) -> None:
-        """By /dev/initctl; an ended or a frozen container is no error, the caller waits for the effect anyway."""
-        _call_unless_gone(f"Cannot {verb} {self.name}", lambda: ask(flag))
-
 
 def init_of(controller: int) -> int | None:
     """The host's pid of the container's PID 1: the controller's only child. None if there is none."""
@@ -400,11 +380,11 @@ def _lives(pid: int) -> bool:
     return state not in (b"Z", b"X", b"x")
 
 
-def _command_line(pid: int) -> bytes:
-    """Its arguments, the same as its parent's until it executes another program. Everybody may read them, unlike
-    /proc/pid/exe."""
+def _name(pid: int) -> bytes:
+    """Its name, the same as its parent's until it executes another program. Not its arguments: those are read from its
+    memory, and a tenant decides how long that takes."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
+        with open(f"/proc/{pid}/comm", "rb") as file:
             return file.read()
     except OSError:
         return b""

@@ -13,30 +13,35 @@ from typing import Any
 
 from onelxc import wire
 from onelxc.errors import HypervisorError, NoSuchDomainError
-from onelxc.hypervisor import IN_HAND_S, Domain, Hypervisor, State
+from onelxc.hypervisor import IN_HAND_S, REBOOT_SIGNALS, STOP_SIGNALS, Domain, Hypervisor, State
 from onelxc.model import Init, Prepared, Vm
 
+Helper = Callable[..., object]
+"""Has the helper do a verb, with its arguments: `rootclient.Session.call`."""
+_POWER_OFF, _REBOOT = 0, 6
+"""Runlevels of sysvinit."""
 QUOTED_LINES = 3
 STARTS = 4
 """Of one container, when libvirt lets go of it (see `hypervisor`): one in twenty, so that four fail never."""
 
 
-def wake(domain: Domain, root: Callable[[str], object]) -> None:
-    """Let a frozen container go on, whoever froze it, known or forgotten: it hears nothing else. `root` has the helper
-    do a verb."""
+def wake(domain: Domain, root: Helper) -> None:
+    """Let a frozen container go on, whoever froze it, known or forgotten: it hears nothing else."""
     if domain.state() is State.PAUSED:
         domain.resume()
     if domain.alive():
         root("thaw")
 
 
-def stop(domain: Domain, init: Init, *, limit_s: float, force: bool, meanwhile: Callable[[], None]) -> None:
+def stop(
+    domain: Domain, init: Init, root: Helper, *, limit_s: float, force: bool, meanwhile: Callable[[], None]
+) -> None:
     """Power off by asking init, and wait until it is gone. Without `force` a container that stays is an error.
 
     `meanwhile` is called while waiting; what it raises (a cancel came) ends that.
     """
     for _ in range(2):
-        domain.ask_stop(init)
+        _ask(domain, init, root, STOP_SIGNALS, _POWER_OFF)
         if domain.wait_gone(limit_s / 2, meanwhile):
             return
     if not force:
@@ -47,14 +52,26 @@ def stop(domain: Domain, init: Init, *, limit_s: float, force: bool, meanwhile: 
 
 
 def reboot(
-    hypervisor: Hypervisor, domain: Domain, init: Init, *, limit_s: float, meanwhile: Callable[[], None]
+    hypervisor: Hypervisor, domain: Domain, init: Init, root: Helper, *, limit_s: float, meanwhile: Callable[[], None]
 ) -> Domain:
     """Restart by asking init, by force where it knows no reboot, does not come back in time or just ends."""
     xml = domain.xml()
     controller = domain.controller_pid()
-    if domain.ask_reboot(init) and domain.wait_restarted(controller, limit_s, meanwhile) and domain.in_hand():
+    asked = _ask(domain, init, root, REBOOT_SIGNALS, _REBOOT)
+    if asked and domain.wait_restarted(controller, limit_s, meanwhile) and domain.in_hand():
         return domain
     return restart(hypervisor, domain, xml)
+
+
+def _ask(domain: Domain, init: Init, root: Helper, signals: Mapping[Init, int], level: int) -> bool:
+    """Ask init in its language; returns at once. False where it has no word for this."""
+    if init is Init.SYSVINIT:
+        root("telinit", level=level)
+        return True
+    if init not in signals:
+        return False
+    domain.signal(signals[init])
+    return True
 
 
 def restart(hypervisor: Hypervisor, domain: Domain, xml: str) -> Domain:

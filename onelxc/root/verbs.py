@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "thaw": ("onelxc.root.freezer", "verb_thaw"),
     "exec": ("onelxc.root.execution", "start"),
     "exec_cancel": ("onelxc.root.execution", "cancel"),
+    "telinit": ("onelxc.root.telinit", "verb"),
     "refresh": ("onelxc.root.refresh", "verb"),
     "attach_disk": ("onelxc.root.livedisks", "attach"),
     "detach_disk": ("onelxc.root.livedisks", "detach"),
