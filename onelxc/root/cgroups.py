@@ -11,6 +11,7 @@ Reads, thaws and removes; who is killed when is `orphans`' part, what is frozen 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -23,6 +24,9 @@ from onelxc import names
 _V1 = re.compile(r"lxc-(\d+)-(.+)\.libvirt-lxc\Z")
 _V2 = re.compile(r"machine-lxc-(\d+)-(.+)\.scope\Z")
 _PARENTS = ("machine", "machine.slice")
+WALK_S = 30.0
+"""Some 300,000 groups."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _SYSTEMDS = ("init.scope", "system.slice", "user.slice")
 
 
@@ -78,30 +82,81 @@ def _unescape(unit: str) -> str:
     return re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match.group(1), 16)), unit)
 
 
-def below(path: str) -> Iterator[str]:
-    """A group and all the groups below it, parents first. By a list, since a tenant decides how deep they lie."""
-    waiting = [path]
-    while waiting:
-        here = waiting.pop()
-        yield here
-        try:
-            with os.scandir(here) as entries:
-                waiting.extend(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
-        except OSError:
-            continue
+def below(path: str) -> Iterator[tuple[int, str]]:
+    """All the groups below one, children before their parents: (descriptor of the directory, name in it).
+
+    A tenant decides how many there are and how deep they lie, deeper than a path can say. So it goes down by single
+    names and up by `..`, with one descriptor, which is good until the next turn. TimeoutError where it finds no end:
+    whoever is in there may make groups as fast as we look.
+    """
+    deadline = time.monotonic() + WALK_S
+    try:
+        here = os.open(path, _DIRECTORY)
+    except FileNotFoundError:
+        return
+    waiting, way = [_children(here)], list[str]()
+    try:
+        while waiting[-1] or way:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, f"more groups in it than can be looked at in {WALK_S:g} s", path)
+            if waiting[-1]:
+                name = waiting[-1].pop()
+                with contextlib.suppress(FileNotFoundError):
+                    here = _go(here, name)
+                    way.append(name)
+                    waiting.append(_children(here))
+            else:
+                waiting.pop()
+                here = _go(here, "..")
+                yield here, way.pop()
+    finally:
+        os.close(here)
+
+
+def _go(here: int, name: str) -> int:
+    there = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+    os.close(here)
+    return there
+
+
+def _children(group: int) -> list[str]:
+    """The names of the groups in a group, which counts them in its links."""
+    if os.fstat(group).st_nlink == 2:
+        return []
+    try:
+        with os.scandir(group) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
 
 
 def processes(path: str) -> tuple[int, ...]:
     """The processes in a group and below it."""
-    pids: list[int] = []
-    for group in below(path):
-        try:
-            with open(os.path.join(group, "cgroup.procs"), "rb") as file:
-                pids.extend(int(pid) for pid in file.read().split())
-        except OSError:
-            continue
-    # 0 is a process of another pid namespace, of which we could only be a guest
-    return tuple(pid for pid in pids if pid)
+    return tuple(each_process(path))
+
+
+def each_process(path: str) -> Iterator[int]:
+    """The processes in a group, then those below it. A group that is gone has none; TimeoutError as in `below`."""
+    yield from _read_processes(path)
+    for directory, name in below(path):
+        yield from _read_processes(name, directory)
+
+
+def _read_processes(group: str, directory: int | None = None) -> list[int]:
+    try:
+        fd = os.open(f"{group}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:
+            # 0 is a process of another pid namespace, of which we could only be a guest
+            return [int(pid) for pid in file.read().split() if pid != b"0"]
+    except OSError:
+        return []
+
+
+def write_below(path: str, name: str, text: str) -> None:
+    """One control file of all the groups below one, and of itself."""
+    for directory, group in below(path):
+        write(group, name, text, directory)
+    write(path, name, text)
 
 
 def remove(path: str, *, limit_s: float = 5.0) -> None:
@@ -109,18 +164,25 @@ def remove(path: str, *, limit_s: float = 5.0) -> None:
     deadline = time.monotonic() + limit_s
     while True:
         problem: OSError | None = None
-        for group in reversed(list(below(path))):
-            try:
-                os.rmdir(group)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                problem = error
+        for directory, name in below(path):
+            problem = _remove(name, directory) or problem
+        problem = _remove(path) or problem
         if problem is None:
             return
         if time.monotonic() > deadline:
             raise problem
         time.sleep(0.05)
+
+
+def _remove(name: str, directory: int | None = None) -> OSError | None:
+    """Why a group could not be removed; what is gone is removed."""
+    try:
+        os.rmdir(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return error
+    return None
 
 
 def own_named(vm_id: int, first_id: int) -> tuple[str, str] | None:
@@ -166,12 +228,9 @@ def take_back(ids: range) -> None:
 
 def _remove_unused(entry: os.DirEntry[str]) -> None:
     """Remove a group that nobody is in. Somebody may come just then: not our group any more."""
-    if not entry.is_dir(follow_symlinks=False) or processes(entry.path):
-        return
-    try:
-        remove(entry.path, limit_s=0.5)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        if entry.is_dir(follow_symlinks=False) and not any(each_process(entry.path)):
+            remove(entry.path, limit_s=0.5)
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:
@@ -192,10 +251,10 @@ def limited(group: Group) -> str:
     return below_unit if os.path.isdir(below_unit) else group.path
 
 
-def write(path: str, name: str, text: str) -> None:
+def write(path: str, name: str, text: str, directory: int | None = None) -> None:
     """One control file of a group; a group that is gone meanwhile is no error."""
     try:
-        with open(os.path.join(path, name), "w") as file:
+        with open(os.open(os.path.join(path, name), os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory), "w") as file:
             file.write(text)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 from onelxc import command, names
 from onelxc.errors import CommandError, HypervisorError
@@ -28,13 +29,16 @@ def end(vm_id: int) -> None:
     controller_deadline = time.monotonic() + CONTROLLER_ENDS_S
     while True:
         found = cgroups.groups(vm_id)
-        running = _alive(found)
+        controllers = {group.controller for group in found if is_controller(group.controller)}
+        # with init its namespace ends, and nobody is left who could make processes and groups while we look for them
+        for controller in controllers:
+            for init in children(controller):
+                kill(init)
+        running = set(_alive(found))
         if not running:
             break
         thaw(found)
-        controllers = {group.controller for group in found if is_controller(group.controller)}
-        inits = {child for controller in controllers for child in children(controller)}
-        for pid in (running - controllers) | inits:
+        for pid in running - controllers:
             kill(pid)
         if time.monotonic() > controller_deadline:
             for pid in controllers:
@@ -53,14 +57,15 @@ def end(vm_id: int) -> None:
 
 def alive(vm_id: int) -> bool:
     """Whether any process of the VM's container is there, its controller included."""
-    return bool(_alive(cgroups.groups(vm_id)))
+    return any(_alive(cgroups.groups(vm_id)))
 
 
-def _alive(found: tuple[cgroups.Group, ...]) -> set[int]:
-    pids: set[int] = set()
+def _alive(found: tuple[cgroups.Group, ...]) -> Iterator[int]:
     for group in found:
-        pids.update(pid for pid in cgroups.processes(group.path) if not is_dead(pid))
-    return pids
+        try:
+            yield from (pid for pid in cgroups.each_process(group.path) if not is_dead(pid))
+        except TimeoutError as error:
+            raise HypervisorError(f"Cannot look at the control group {group.path}: {error.strerror}") from error
 
 
 def is_dead(pid: int) -> bool:
@@ -76,11 +81,9 @@ def thaw(found: tuple[cgroups.Group, ...]) -> None:
     """Let frozen groups go on."""
     for group in found:
         if group.kind == "freezer":
-            for path in cgroups.below(group.path):
-                cgroups.write(path, "freezer.state", "THAWED")
+            cgroups.write_below(group.path, "freezer.state", "THAWED")
         elif not group.kind and os.path.exists(os.path.join(group.path, "cgroup.freeze")):
-            for path in cgroups.below(group.path):
-                cgroups.write(path, "cgroup.freeze", "0")
+            cgroups.write_below(group.path, "cgroup.freeze", "0")
 
 
 def children(pid: int) -> tuple[int, ...]:

@@ -293,5 +293,5 @@ def _remove_directories(work: Work) -> None:
                 continue
     if is_ours(work.vm_id):
         for group in cgroups.groups(work.vm_id):
-            if not cgroups.processes(group.path):
+            if not any(cgroups.each_process(group.path)):
                 cgroups.remove(group.path)
