@@ -25,7 +25,7 @@ NEEDED = {
     "e2fsck": "checking file systems",
     "resize2fs": "growing file systems",
     "ip": "network interfaces",
-    "blkid": "recognising file systems",
+    "prlimit": "limits of programs that read images",
     "nsenter": "network interfaces of containers",
     "sudo": "oneadmin's way to the root helper",
     "virsh": "looking at libvirt",

@@ -7,6 +7,7 @@ a symbolic link and never a reason for a failure: on a full disk the bytes are l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 LIMIT = 1024 * 1024
 KEEP_S = 14 * 24 * 3600
 """How long the log of a VM that is no longer here is kept."""
+KEEP_BYTES = 256 << 20
+"""How much of such logs is kept: a tenant who makes and deletes VMs fills two of LIMIT with each."""
 HEARD_S = 0.5
 """How long the hub may take to write down what was said last."""
 
@@ -96,20 +99,24 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def expire(now: float | None = None) -> None:
-    """Remove the logs of VMs that are no longer here and have been silent for KEEP_S."""
+    """Remove the logs of VMs that are no longer here: the silent ones of KEEP_S, then the oldest beyond KEEP_BYTES."""
     directory = os.path.dirname(VmPaths(0).console_log)
     limit = (time.time() if now is None else now) - KEEP_S
     try:
         names = os.listdir(directory)
     except OSError:
         return
+    old = []
     for name in names:
         vm_id = vm_id_of(name.split(".", 1)[0])
-        if vm_id is None or os.path.isdir(VmPaths(vm_id).state):
-            continue
-        path = os.path.join(directory, name)
-        try:
-            if os.lstat(path).st_mtime < limit:
+        if vm_id is not None and not os.path.isdir(VmPaths(vm_id).state):
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                old.append((status.st_mtime, status.st_size, path))
+    kept = 0
+    for modified, size, path in sorted(old, reverse=True):
+        kept += size
+        if modified < limit or kept > KEEP_BYTES:
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-        except OSError:
-            continue

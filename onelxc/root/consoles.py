@@ -31,6 +31,8 @@ SOCKETS = os.path.join(RUN, "console")
 BACKLOG = 16 * 1024
 QUEUE = 1024 * 1024
 """Bytes that wait for one reader before the oldest are dropped."""
+CLIENTS = 32
+"""People at one console; each may have QUEUE bytes waiting."""
 TYPED = 64 * 1024
 """Bytes that wait for a container which does not read what is typed."""
 RATE = 2 * 1024 * 1024
@@ -219,6 +221,9 @@ class Consoles:
         try:
             connection, _ = console.listener.accept()
         except OSError:
+            return
+        if len(console.clients) >= CLIENTS:
+            connection.close()
             return
         connection.setblocking(False)
         client = _Client(connection)

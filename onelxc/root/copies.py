@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _FICLONE = 0x40049409
 _PIECE = 32 << 20
@@ -58,9 +58,8 @@ def _piece(source: int, target: int, position: int, count: int) -> int:
     return written
 
 
-def extents(fd: int, size: int) -> list[tuple[int, int]]:
-    """The parts of a file that hold data, as (begin, end)."""
-    found = []
+def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that hold data, as (begin, end). One by one: a tenant punches as many holes as he likes."""
     position = 0
     while position < size:
         try:
@@ -70,5 +69,4 @@ def extents(fd: int, size: int) -> list[tuple[int, int]]:
                 break
             raise
         position = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
-        found.append((begin, position))
-    return found
+        yield begin, position

@@ -8,14 +8,15 @@ in the tree. Images are hostile input: every option that an image could decide f
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from onelxc import command
+from onelxc import command, jsontext
 from onelxc.errors import CommandError, StorageError
-from onelxc.root import jail, syscalls
+from onelxc.root import blkid, jail, syscalls
 
 Log = Callable[[str], None]
 
@@ -25,6 +26,10 @@ FSCK_LIMIT_S = 600.0
 GROW_FROM = 4 << 20
 """A file system is not grown for less than this: an ext4 group that could hold nothing but its own tables."""
 
+_LOOK = jail.Limits(memory_bytes=256 << 20, cpu_s=30, processes=1, file_bytes=0)
+_LOOK_S = 60.0
+_WORK = jail.Limits(memory_bytes=2 << 30, processes=16, file_bytes=0)
+"""Of checkers and makers of file systems. e2fsck needs some 1 GiB for 16 TiB with as many inodes as mke2fs makes."""
 _TOOLS = {"xfs": "xfsprogs", "btrfs": "btrfs-progs", "ext4": "e2fsprogs"}
 
 
@@ -38,17 +43,41 @@ class Found:
     label: str = ""
 
 
-def probe(path: str, *, offset: int = 0, size: int = 0, pass_fds: tuple[int, ...] = ()) -> Found:
-    """What lies at `offset` of a device or file, in `size` bytes (0: to its end)."""
-    argv = ["blkid", "-p", "-O", str(offset), *(["-S", str(size)] if size else []), "-o", "export", path]
+def probe(device: str, name: str = "") -> Found:
+    """What lies on a device, which messages call `name`."""
     try:
-        out = command.run(argv, ok=(0, 2), pass_fds=pass_fds, verb=f"look at {path}")
-    except CommandError as error:
-        if error.status == 8:
-            raise StorageError(f"Cannot tell the file system of {path}: it bears the marks of more than one") from error
-        raise
-    values = dict(line.split("=", 1) for line in out.decode(errors="replace").splitlines() if "=" in line)
-    return Found(values.get("TYPE", ""), values.get("PTTYPE", ""), values.get("UUID", ""), values.get("LABEL", ""))
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"Cannot look at {name or device}: {error.strerror}") from error
+    try:
+        return probe_parts(fd, [(0, 0)], name or device)[0]
+    finally:
+        os.close(fd)
+
+
+def probe_parts(fd: int, places: Sequence[tuple[int, int]], name: str) -> list[Found]:
+    """What lies at each (offset, size) of an open device or file; size 0 is to its end."""
+    program = functools.partial(blkid.tell, blkid.load(), fd, places)
+    try:
+        outcome = jail.alone(jail.Filter(program, _LOOK, (fd,)), limit_s=_LOOK_S)
+    except StorageError as error:
+        raise StorageError(f"Cannot look at {name}: {error}") from error
+    lines = outcome.stdout.splitlines()
+    if outcome.status != 0 or len(lines) != len(places):
+        said = outcome.stderr.strip() or f"libblkid ended with {outcome.status}"
+        raise StorageError(f"Cannot look at {name}: {said}")
+    return [_found(line, name) for line in lines]
+
+
+def _found(line: str, name: str) -> Found:
+    """Of what `blkid` tells. Nothing is taken for granted: the image may have got the better of it."""
+    try:
+        values = jsontext.loads(line)
+        if blkid.AMBIVALENT in values:
+            raise StorageError(f"Cannot tell the file system of {name}: it bears the marks of more than one")
+        return Found(*(str(values.get(key, "")) for key in blkid.NAMES))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"Cannot look at {name}: libblkid answers with nonsense") from error
 
 
 def check(device: str, kind: str, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
@@ -58,21 +87,26 @@ def check(device: str, kind: str, log: Log, *, limit_s: float = FSCK_LIMIT_S) ->
     """
     if kind not in EXT or ext_is_clean(device):
         return
-    lines = _in_jail(device, ("e2fsck", "-p"), (0, 1, 2), "check an image that was not unmounted cleanly", limit_s)
+    doing = "check an image that was not unmounted cleanly"
+    lines = run_on(device, ("e2fsck", "-p"), doing, limit_s=limit_s, ok=(0, 1, 2))
     log(f"file system was not clean: {lines[-1] if lines else 'e2fsck said nothing'}")
 
 
-def _in_jail(device: str, argv: tuple[str, ...], ok: tuple[int, ...], doing: str, limit_s: float) -> list[str]:
-    """What a program of e2fsprogs said of the device. It reads what a tenant may have forged: see `jail`."""
+def run_on(
+    device: str, argv: Sequence[str], doing: str, *, limit_s: float = FSCK_LIMIT_S, ok: Sequence[int] = (0,)
+) -> list[str]:
+    """What a program said of the device. It reads what a tenant may have forged, so it runs in the jail."""
     try:
-        outcome = jail.on_device(device, (*argv, jail.DEVICE), limit_s=limit_s)
+        outcome = jail.on_device(device, (*argv, jail.DEVICE), limit_s=limit_s, limits=_WORK)
     except StorageError as error:
         said = str(error).replace(jail.DEVICE, device)
         raise StorageError(f"Cannot {doing}: {argv[0]}: {said}") from error
     text = f"{outcome.stdout}\n{outcome.stderr}".replace(jail.DEVICE, device)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if outcome.status not in ok:
-        said = " / ".join(lines[:6]) or f"exit code {outcome.status}"
+        said = " / ".join(lines[:6]) or (
+            f"exit code {outcome.status}" if outcome.status >= 0 else f"killed by signal {-outcome.status}"
+        )
         raise StorageError(f"Cannot {doing}: {argv[0]}: {said}")
     return lines
 
@@ -99,11 +133,15 @@ def own_bytes(device: str, kind: str) -> int:
     if kind in EXT:
         return ext_bytes(device)
     with open(device, "rb", buffering=0) as file:
+        # of xfs the size and number of blocks; of btrfs total_bytes of the superblock's device item
+        size, at = (12, 4) if kind == "xfs" else (8, (64 << 10) + 0xD1)
+        data = os.pread(file.fileno(), size, at)
+        if len(data) < size:
+            raise StorageError(f"Cannot read {device}: no {kind} file system there")
         if kind == "xfs":
-            block, blocks = struct.unpack(">IQ", os.pread(file.fileno(), 12, 4))
+            block, blocks = struct.unpack(">IQ", data)
             return int(block * blocks)
-        # btrfs: total_bytes of the superblock's device item
-        return int(struct.unpack("<Q", os.pread(file.fileno(), 8, (64 << 10) + 0xD1))[0])
+        return int(struct.unpack("<Q", data)[0])
 
 
 def _ext_superblock(device: str) -> bytes:
@@ -163,14 +201,11 @@ def tell_apart(device: str, found: Found, log: Log, *, read_only: bool) -> None:
         return
     if read_only:
         raise StorageError(f"Cannot mount {device}: a btrfs of the same UUID is mounted, and this one is read-only")
-    try:
-        command.run(["btrfstune", "-f", "-m", device], timeout_s=FSCK_LIMIT_S, verb=f"give {device} a UUID of its own")
-    except CommandError as error:
-        raise StorageError(str(error)) from error
+    run_on(device, ("btrfstune", "-f", "-m"), f"give {device} a UUID of its own")
     log("the btrfs file system is a clone of one that is mounted: it has a UUID of its own now")
 
 
-def make(device: str, kind: str, *, label: str = "", pass_fds: tuple[int, ...] = ()) -> None:
+def make(device: str, kind: str) -> None:
     """Put a new file system on a device (a volatile disk)."""
     argv = {
         "ext2": ["mkfs.ext2", "-q", "-F"],
@@ -181,8 +216,8 @@ def make(device: str, kind: str, *, label: str = "", pass_fds: tuple[int, ...] =
     }.get(kind)
     if argv is None:
         raise StorageError(f"Cannot format a disk as {kind}: it must be ext2, ext3, ext4, xfs or btrfs")
-    named = ["-L", label[:12]] if label else []
-    command.run([*argv, *named, device], timeout_s=FSCK_LIMIT_S, pass_fds=pass_fds, verb=f"format {device} as {kind}")
+    # not in the jail: of what lies there nothing is read, and mkfs.xfs needs rights over the device
+    command.run([*argv, device], timeout_s=FSCK_LIMIT_S, verb=f"format a disk as {kind}")
 
 
 def grow_unmounted(device: str, kind: str, device_bytes: int, log: Log, *, limit_s: float = FSCK_LIMIT_S) -> None:
@@ -190,8 +225,8 @@ def grow_unmounted(device: str, kind: str, device_bytes: int, log: Log, *, limit
     if kind not in EXT or ext_bytes(device) + GROW_FROM > device_bytes:
         return
     before = ext_bytes(device)
-    _in_jail(device, ("e2fsck", "-f", "-p"), (0, 1, 2), f"check {device} before growing", limit_s)
-    _in_jail(device, ("resize2fs",), (0,), f"grow the file system on {device}", limit_s)
+    run_on(device, ("e2fsck", "-f", "-p"), f"check {device} before growing", limit_s=limit_s, ok=(0, 1, 2))
+    run_on(device, ("resize2fs",), f"grow the file system on {device}", limit_s=limit_s)
     log(f"file system grown from {before >> 20} to {ext_bytes(device) >> 20} MiB")
 
 

@@ -81,12 +81,13 @@ class Limits:
 class Filter:
     """What runs beside the main program, as a user of its own without rights: stdin → stdout.
 
-    `fds` are descriptors that a function of ours uses besides.
+    `fds` are descriptors that a function of ours uses besides. `user` is whose files it makes, without rights even so.
     """
 
     program: Program
     limits: Limits = Limits()
     fds: tuple[int, ...] = ()
+    user: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,22 @@ def read(
     return _run({}, None, filters, source, watch, limit_s).filters
 
 
+def alone(program: Filter, *, limit_s: float, mount_fd: int = -1) -> Outcome:
+    """Run one filter by itself, which reads what it has descriptors of; with a detached mount at TARGET."""
+    return _run({TARGET: mount_fd}, None, [program], (), lambda _: False, limit_s)
+
+
 def on_device(device: str, argv: Sequence[str], *, limit_s: float, limits: Limits = Limits()) -> Outcome:
-    """Run `argv`, a checker of file systems, with the block device at DEVICE and nothing else of the host's."""
+    """Run `argv`, which reads or writes a file system, with the block device at DEVICE and nothing else of the host's.
+
+    The device is all that it may open: it runs as a stranger, whose own device node that is.
+    """
     try:
-        node = syscalls.open_tree(device)
+        node = os.open(device, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(f"Cannot open {device}: {error.strerror}") from error
     try:
-        return _run({DEVICE: node}, _Main(argv, limits), (), (), lambda _: False, limit_s)
+        return _run({DEVICE: node}, None, [Filter(argv, limits)], (), lambda _: False, limit_s)
     finally:
         os.close(node)
 
@@ -328,7 +337,7 @@ def _inside(trees: dict[str, int], programs: Sequence[Filter | _Main], fds: dict
     """The second child, process 1 of the jail: builds the root, runs the programs, tells how they ended."""
     status = 1
     try:
-        _build(trees)
+        _build(trees, stranger)
         os.umask(0)
         stdin = fds["input"]
         pids = []
@@ -367,9 +376,10 @@ def _start(one: Filter | _Main, streams: dict[int, int], stranger: int) -> int:
         for target, source in streams.items():
             os.dup2(source, target)
         if isinstance(one, Filter):
+            user = stranger if one.user is None else one.user
             os.setgroups([])
-            os.setresgid(stranger, stranger, stranger)
-            os.setresuid(stranger, stranger, stranger)
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
         syscalls.keep_capabilities(() if isinstance(one, Filter) else _CAPABILITIES)
         one.limits.apply()
         if not callable(one.program):
@@ -384,8 +394,8 @@ def _start(one: Filter | _Main, streams: dict[int, int], stranger: int) -> int:
     return 0
 
 
-def _build(given: dict[str, int]) -> None:
-    """Pivot into a root that holds the host's programs, read-only, and the new file system."""
+def _build(given: dict[str, int], stranger: int) -> None:
+    """Pivot into a root that holds the host's programs, read-only, and what is `given`: mounts, or a device's node."""
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     links, trees = {}, {}
     null = syscalls.open_tree("/dev/null")
@@ -395,9 +405,10 @@ def _build(given: dict[str, int]) -> None:
         elif os.path.isdir(path):
             trees[path] = syscalls.open_tree(path)
             syscalls.mount_setattr(trees[path], set_=syscalls.ATTR_RDONLY | syscalls.ATTR_NOSUID | syscalls.ATTR_NODEV)
-    root = syscalls.mount_detached(
-        "tmpfs", "jail", {"size": "64k", "mode": "0755"}, syscalls.ATTR_NOSUID | syscalls.ATTR_NODEV
-    )
+    seen = {path: os.fstat(fd) for path, fd in given.items() if fd >= 0}
+    devices = {path: status for path, status in seen.items() if not stat.S_ISDIR(status.st_mode)}
+    nodev = 0 if devices else syscalls.ATTR_NODEV
+    root = syscalls.mount_detached("tmpfs", "jail", {"size": "64k", "mode": "0755"}, syscalls.ATTR_NOSUID | nodev)
     syscalls.move_mount(root, "/usr")  # any directory serves as a foothold; this one exists everywhere
     os.chdir("/usr")
     for path, target in links.items():
@@ -405,20 +416,22 @@ def _build(given: dict[str, int]) -> None:
     for path, tree in trees.items():
         os.mkdir(path[1:])
         syscalls.move_mount(tree, path[1:])
-    for path, fd in given.items():
-        if fd < 0:
-            continue
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            os.mkdir(path[1:])
+    for path, status in seen.items():
+        if path in devices:
+            os.mknod(path[1:], stat.S_IFMT(status.st_mode) | 0o600, status.st_rdev)
+            os.chown(path[1:], stranger, stranger)
         else:
-            os.close(os.open(path[1:], os.O_CREAT | os.O_WRONLY, 0o600))
-        syscalls.move_mount(fd, path[1:])
+            os.mkdir(path[1:])
+            syscalls.move_mount(given[path], path[1:])
     # e2fsprogs ask there whether the device is mounted, and without an answer do not begin
     os.mkdir("etc")
     os.mkdir("dev")
     os.close(os.open("dev/null", os.O_CREAT | os.O_WRONLY, 0o666))
     syscalls.move_mount(null, "dev/null")
     os.close(os.open("etc/mtab", os.O_CREAT | os.O_WRONLY, 0o644))
+    if devices:  # btrfs-progs ask in /proc/self/mounts
+        os.mkdir("proc")
+        syscalls.move_mount(syscalls.mount_detached("proc", "proc", {"subset": "pid"}, syscalls.ATTR_RDONLY), "proc")
     syscalls.mount_setattr(root, set_=syscalls.ATTR_RDONLY)
     syscalls.pivot_root(".", ".")
     # The old root lies over the new one now (pivot_root(2), "pivot_root(".", ".")"); nothing but this namespace has it.

@@ -72,7 +72,7 @@ def open_image(
         raise StorageError(f"Cannot use {name}: it is {kind}")
     if size_mb and not read_only and size_mb * _MIB - os.lseek(fd, 0, os.SEEK_END) >= _MIB:
         # looked at before: what is no image is not ours to change
-        _refuse_unknown(filesystems.probe(path, pass_fds=(fd,)), name)
+        _refuse_unknown(filesystems.probe_parts(fd, [(0, 0)], name)[0], name)
         if stat.S_ISREG(status.st_mode):
             os.ftruncate(fd, size_mb * _MIB)
         elif nbd.name_of(path) and enlarge is not None:
@@ -102,7 +102,7 @@ def _on_a_disk(device: int) -> bool:
 
 def _partition(fd: int, name: str, log: Log, *, root: bool, read_only: bool) -> Entry | None:
     """The partition to mount, enlarged with its disk; None where the whole image is one file system."""
-    found = filesystems.probe(f"/proc/self/fd/{fd}", pass_fds=(fd,))
+    found = filesystems.probe_parts(fd, [(0, 0)], name)[0]
     if found.kind or not found.partitions:
         return None
     chosen = partitions.choose(fd, name, log, root=root)
@@ -110,7 +110,7 @@ def _partition(fd: int, name: str, log: Log, *, root: bool, read_only: bool) -> 
 
 
 def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
-    found = filesystems.probe(device)
+    found = filesystems.probe(device, name)
     _refuse_unknown(found, name)
     if not read_only:
         filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)

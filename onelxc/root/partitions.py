@@ -7,7 +7,7 @@ have meant another. What is chosen may become larger with its disk; the file sys
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onelxc.errors import StorageError
@@ -87,16 +87,15 @@ def _pick(candidates: list[Partition], fd: int, name: str, root: bool) -> tuple[
     return largest, "the largest"
 
 
-def _list(fd: int, name: str) -> Iterable[Partition]:
+def _list(fd: int, name: str) -> list[Partition]:
     try:
         entries = parttable.read(fd)
     except StorageError as error:
         raise StorageError(f"Cannot read the partition table of {name}: {error}") from error
     limit = os.lseek(fd, 0, os.SEEK_END)
-    for entry in entries:
-        if entry.size > 0 and entry.end <= limit:
-            path = f"/proc/self/fd/{fd}"
-            yield Partition(entry, filesystems.probe(path, offset=entry.offset, size=entry.size, pass_fds=(fd,)))
+    inside = [entry for entry in entries if entry.size > 0 and entry.end <= limit]
+    places = [(entry.offset, entry.size) for entry in inside]
+    return [Partition(*pair) for pair in zip(inside, filesystems.probe_parts(fd, places, name))]
 
 
 def _fstab(partition: Partition, fd: int, name: str) -> dict[str, str] | None:

@@ -145,16 +145,16 @@ def _carry_on() -> None:
 
 
 def _context(work: Work, disk: Disk, id_base: int | None) -> None:
-    """The files of the context ISO, read in user space, at their place on the host."""
+    """The files of the context ISO at their place on the host."""
     with validate.find(disk.path, work.config) as found:
         iso = found.open(os.O_RDONLY)
     try:
-        opened = context.open_context(iso, id_base=id_base)
+        with context.make(id_base=id_base) as detached:
+            work.journal.take("mount", path=work.paths.context)
+            mounts.place(detached, work.paths.context, id_base=None)
+        context.fill(iso, work.paths.context, id_base=id_base)
     finally:
         os.close(iso)
-    with opened as detached:
-        work.journal.take("mount", path=work.paths.context)
-        mounts.place(detached, work.paths.context, id_base=None)
 
 
 def _open_mount(work: Work, disk: Disk, init: str | None) -> mounts.Detached:
@@ -217,8 +217,7 @@ def mount_data_disk(work: Work, disk: Disk, id_base: int | None) -> str:
 
 def _format(fd: int, disk: Disk) -> None:
     """A volatile disk comes empty from some transfer managers and formatted from others."""
-    path = f"/proc/self/fd/{fd}"
-    seen = filesystems.probe(path, pass_fds=(fd,))
+    seen = filesystems.probe_parts(fd, [(0, 0)], disk.path)[0]
     if not seen.kind and not seen.partitions:
         with loops.attach(fd, name=disk.path) as loop:
             filesystems.make(loop.path, disk.fs or "ext4")

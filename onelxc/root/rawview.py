@@ -25,6 +25,10 @@ DAEMON = "qemu-storage-daemon"
 TOP = "top"
 """The node-name of the image that is to be shown."""
 _END_S = 60.0
+_MEMORY, _MEMORY_OF_EACH = 1 << 30, 64 << 20
+"""What the daemon may take (RLIMIT_DATA), and more for each image of a chain, whose tables may be large. 0.2 GiB were
+seen at full load, and 64 threads may have stacks of 8 MiB.
+"""
 _EXEMPT = "import os, sys; os.execvp(sys.argv[1], ['@' + sys.argv[1], *sys.argv[2:]])"
 """systemd-shutdown spares programs whose name begins so (systemd.io/ROOT_STORAGE_DAEMONS)."""
 _PATIENCE_S = 120
@@ -52,6 +56,7 @@ def show(
     place = place_of(work, image)
     socket = _socket(work, place)
     work.journal.take("qcow2", path=place, dev=image.st_dev, ino=image.st_ino)
+    memory = _MEMORY + _MEMORY_OF_EACH * len(fds)
     argv = [DAEMON]
     for node in nodes:
         argv += ["--blockdev", node]
@@ -62,7 +67,8 @@ def show(
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
         argv += ["--daemonize", "--pidfile", _pid_file(place)]
-        command.run([*_outliving(), *argv], pass_fds=tuple(fds), verb=doing)
+        limits = ["prlimit", f"--data={memory}", "--core=0"]
+        command.run([*limits, *_outliving(), *argv], pass_fds=tuple(fds), verb=doing)
         with Monitor(f"{socket}.qmp") as daemon:
             shown = None
             if nbd.available():

@@ -37,7 +37,7 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     with validate.find(str(request.get("path", "")), work.config) as image:
         iso = image.open(os.O_RDONLY)
     try:
-        context.refill(iso, target, id_base=found.prepared.id_base if found else None)
+        context.fill(iso, target, id_base=found.prepared.id_base if found else None)
     finally:
         os.close(iso)
     if record.paused(work.vm_id):

@@ -52,7 +52,8 @@ def target(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_files_arrive(iso: Path, target: Path, tmp_path: Path) -> None:
     with open(iso, "rb") as file:
-        mounts.place(context.open_context(file.fileno(), id_base=5_000_000), str(target), id_base=None)
+        mounts.place(context.make(id_base=5_000_000), str(target), id_base=None)
+        context.fill(file.fileno(), str(target), id_base=5_000_000)
     source = tmp_path / "source"
     assert sorted(p.relative_to(target) for p in target.rglob("*")) == sorted(
         p.relative_to(source) for p in source.rglob("*")
@@ -67,7 +68,8 @@ def test_the_files_arrive(iso: Path, target: Path, tmp_path: Path) -> None:
         (target / "new").write_text("x")
 
 
-def test_broken_images_are_one_line(iso: Path, tmp_path: Path) -> None:
+def test_broken_images_are_one_line(iso: Path, target: Path, tmp_path: Path) -> None:
+    mounts.place(context.make(id_base=None), str(target), id_base=None)
     whole = iso.read_bytes()
     broken = tmp_path / "broken"
     refused = 0
@@ -78,7 +80,7 @@ def test_broken_images_are_one_line(iso: Path, tmp_path: Path) -> None:
         broken.write_bytes(data)
         with open(broken, "rb") as file:
             try:
-                context.open_context(file.fileno(), id_base=None).close()
+                context.fill(file.fileno(), str(target), id_base=None)
             except StorageError as error:
                 refused += 1
                 assert str(error).startswith("Cannot ")
