@@ -6,17 +6,17 @@ errors become exit codes: 0 or 1, never 42 (remotes missing, to OpenNebula) and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from onelxc import config, request, rootclient
-from onelxc.errors import GiveUpError, NoSuchDomainError, OneLxcError
+from onelxc import config, errors, request, rootclient
+from onelxc.errors import GiveUpError, NoSuchDomainError
 from onelxc.model import Vm, deploy_id
 from onelxc.report import Report, silence_stdout_of_children
 
@@ -85,16 +85,12 @@ def main(name: str, run: Callable[[Action], str | None]) -> NoReturn:
         if call.deploy_id not in ("", deploy_id(vm_id)):
             raise NoSuchDomainError(f"Cannot {_words(name)} VM {vm_id}: {call.deploy_id} is not a container of ours")
         result = run(Action(name, call, defaults, report))
-    except OneLxcError as error:
-        report.error(told(name, vm_id, str(error)))
+        if result is not None:
+            report.result(result)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            report.error(told(name, vm_id, errors.told(error)))
         _end(1)
-    except Exception as error:  # a fault of our own must read like an error too, not like 30 lines of Python
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{os.path.basename(place.filename)}:{place.lineno}"
-        report.error(told(name, vm_id, f"internal error: {type(error).__name__}: {error} ({where})"))
-        _end(1)
-    if result is not None:
-        report.result(result)
     _end(0)
 
 
@@ -120,6 +116,7 @@ def _give_up(number: int, _frame: object) -> None:
 
 def _end(code: int) -> NoReturn:
     """Without the interpreter's tear-down, which is some milliseconds and nothing else to a process that is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

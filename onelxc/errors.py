@@ -6,7 +6,7 @@ One base class. A subclass exists only where a reader or a caller acts different
 
 from __future__ import annotations
 
-LINE_LIMIT = 2000
+LINE_LIMIT, _END = 2000, 500
 """Characters of a line of text: what it quotes may be a tenant's, and as long as he likes."""
 
 
@@ -14,9 +14,10 @@ def line(text: str) -> str:
     """One line of bounded length that only prints. For every text that leaves us, since it may quote a tenant: control
     characters, C1 among them, and those that turn the direction of writing would act on somebody's terminal.
     """
-    short = " ".join(text[: 4 * LINE_LIMIT].split())
-    if len(short) > LINE_LIMIT:
-        short = f"{short[:LINE_LIMIT]} (and so on)"
+    if len(text) > LINE_LIMIT:
+        # the cause stands at the end, behind what is quoted
+        text = f"{text[: -_END + LINE_LIMIT]} (and so on) {text[-_END:]}"
+    short = " ".join(text.split())
     return short if short.isprintable() else "".join(c if c.isprintable() else "?" for c in short)
 
 
@@ -25,6 +26,20 @@ class OneLxcError(Exception):
 
     def __str__(self) -> str:
         return line(super().__str__())
+
+
+def told(error: BaseException) -> str:
+    """Any error as the one line that its reader gets. A fault of our own reads like an error, not like Python."""
+    if isinstance(error, OneLxcError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return line(f"{error.filename or 'system call'}: {error.strerror}")
+    where = ""
+    place = error.__traceback__
+    while place is not None:
+        where = f" ({place.tb_frame.f_code.co_filename.rpartition('/')[2]}:{place.tb_lineno})"
+        place = place.tb_next
+    return line(f"internal error: {type(error).__name__}: {error}") + where
 
 
 class TemplateError(OneLxcError):

@@ -30,7 +30,7 @@ def pending() -> list[tuple[int, str]]:
     found = []
     for entry in entries:
         number, _, kind = entry.partition(".")
-        if not (number.isascii() and number.isdigit()):
+        if not names.is_number(number):
             continue
         vm_id = int(number)
         lost = kind == "run" and f"{number}.done" not in entries and not running(vm_id)
@@ -46,7 +46,7 @@ def running(vm_id: int) -> int:
             pid, _, started = file.read().partition(" ")
     except OSError:
         return 0
-    return int(pid) if pid.isdigit() and started and start_time(int(pid)) == started else 0
+    return int(pid) if names.is_number(pid) and started and start_time(int(pid)) == started else 0
 
 
 def start_time(pid: int) -> str:

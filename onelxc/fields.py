@@ -36,9 +36,12 @@ class Fields:
         child = self.element.find(name)
         return None if child is None else Fields(child, f"{self.where}: {name}")
 
-    def all(self, name: str) -> list[Any]:
+    def all(self, name: str, *, most: int = 4096) -> list[Any]:
         """All the child elements of that name, in order."""
-        return list(self.element.findall(name))
+        found = list(self.element.findall(name))
+        if len(found) > most:
+            raise self.error(f"{len(found)} times {name}: {most} at most")
+        return found
 
     def text(self, *names: str, default: str = "") -> str:
         """The first of `names` (paths allowed) that is there and not empty, else `default`."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from onelxc.names import is_number
+
 
 def text(path: str) -> str:
     """The file's text, stripped; "" if it is not there, or its owner has gone meanwhile."""
@@ -31,7 +33,7 @@ def text(path: str) -> str:
 def number(path: str) -> int | None:
     """The file's one whole number; None if there is none ("max" included)."""
     word = text(path)
-    return int(word) if word.isascii() and word.isdigit() else None
+    return int(word) if is_number(word) else None
 
 
 def table(path: str) -> dict[str, int]:
@@ -39,6 +41,6 @@ def table(path: str) -> dict[str, int]:
     found = {}
     for line in text(path).splitlines():
         words = line.split()
-        if len(words) > 1 and words[1].isdigit():
+        if len(words) > 1 and is_number(words[1]):
             found[words[0].rstrip(":")] = int(words[1])
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelxc import names
+from onelxc.errors import TemplateError
 
 # said in `names`, for those who cannot afford this module; here they belong to the words of the model
 DOMAIN_PREFIX = names.DOMAIN_PREFIX
@@ -26,6 +27,8 @@ vm_id_of = names.vm_id_of
 nic_device = names.nic_device
 
 VETH_MTU = 1500
+VLANS = 4096
+"""So many there are; numbers, and parts of a list of them."""
 ID_RANGE = 65536
 """User and group ids of one unprivileged container."""
 
@@ -146,12 +149,18 @@ class Nic:
 
 
 def _numbers(ranges: str) -> tuple[int, ...]:
-    """`1,3-5` as 1, 3, 4, 5."""
-    numbers: list[int] = []
-    for part in filter(None, ranges.split(",")):
+    """`1,3-5` as 1, 3, 4, 5. TemplateError for what is no list of VLANs, each at most once."""
+    numbers: dict[int, None] = {}
+    for part in filter(None, ranges.split(",", VLANS)):
         first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
+        if not (_is_vlan(first) and _is_vlan(last or first)):
+            raise TemplateError(f"Cannot use the VLANs {ranges!r}: not numbers below {VLANS}, or too many")
+        numbers.update(dict.fromkeys(range(int(first), int(last or first) + 1)))
     return tuple(numbers)
+
+
+def _is_vlan(text: str) -> bool:
+    return names.is_number(text) and int(text) < VLANS
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,14 @@ def deploy_id(vm_id: int) -> str:
 def vm_id_of(name: str) -> int | None:
     """The VM id in a domain's name, None if the name is not one of ours."""
     number = name[len(DOMAIN_PREFIX) :]
-    if not name.startswith(DOMAIN_PREFIX) or not number.isascii() or not number.isdigit():
+    if not name.startswith(DOMAIN_PREFIX) or not is_number(number):
         return None
     return int(number) if str(int(number)) == number else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number of ours: of a VM, a disk, a size, of which none has more than 18 digits."""
+    return len(text) <= 18 and text.isascii() and text.isdigit()
 
 
 def ifb_device(vm_id: int, nic_id: int | str) -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from onelxc.errors import OneLxcError
+from onelxc.errors import OneLxcError, told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,14 +23,12 @@ def main(run: Callable[[], str], *, action: str = "") -> NoReturn:
     """
     try:
         text = run()
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except OneLxcError as error:
         _fail(str(error), action)
-    except OSError as error:
-        _fail(f"Cannot look at this host: {error.filename or 'system call'}: {error.strerror}", action)
-    except Exception as error:  # a fault of our own is one line too
-        _fail(f"Cannot look at this host: internal error: {type(error).__name__}: {error}", action)
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    except BaseException as error:  # a fault of our own is one line too
+        _fail(f"Cannot look at this host: {told(error)}", action)
     # not by way of the interpreter's tear-down, some milliseconds of every few seconds
     os._exit(0)
 
@@ -45,5 +43,7 @@ def _fail(text: str, action: str) -> NoReturn:
             framed = config.front_end(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))).framed
         except OneLxcError:
             pass  # it is the other error that matters
-    Report(action, framed=framed).error(text)
-    os._exit(1)
+    try:
+        Report(action, framed=framed).error(text)
+    finally:
+        os._exit(1)

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 from onelxc.config import Generation
 from onelxc.errors import TemplateError
+from onelxc.names import is_number
 
 STDIN_LIMIT_S = 60.0
-STDIN_LIMIT_BYTES = 64 << 20
+STDIN_LIMIT_BYTES = 16 << 20
+"""As much as OpenNebula keeps of a VM (MEDIUMTEXT)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Request:
     def number(self, index: int, what: str) -> int:
         """One of the action's own arguments that has to be a whole number."""
         text = self.argument(index, what)
-        if not (text.isascii() and text.isdigit()):
+        if not is_number(text):
             raise TemplateError(f"Cannot {self.action} VM {self.vm_id}: the {what} is not a number: {text!r}")
         return int(text)
 
@@ -86,7 +88,7 @@ def parse(
     if len(arguments) < 2:
         raise TemplateError(f"Cannot {action}: VM id and host expected: {' '.join(arguments) or 'no arguments'}")
     number, host = arguments[:2] if first else arguments[-2:]
-    if not (number.isascii() and number.isdigit()):
+    if not is_number(number):
         raise TemplateError(f"Cannot {action}: not the id of a VM: {number!r}")
     comes = generation is Generation.MONITORD or action == "deploy"
     return Request(

@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 from typing import IO, Any
 
-from onelxc import __version__, errors, model, wire
+from onelxc import __version__, errors, jsontext, model, wire
 from onelxc.command import ENVIRONMENT
 from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import HELPER, Prepared, Vm
@@ -209,7 +209,7 @@ def _why_no_answer(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        message = json.loads(line)
+        message = jsontext.loads(line)
     except ValueError:
         return {"log": line.decode(errors="replace")}
     return message if isinstance(message, dict) else {"log": str(message)}

@@ -36,13 +36,13 @@ def directory() -> str:
 
 def load(name: str) -> dict[str, Any]:
     """What `save` was last given under this name, {} if that is lost or from before the host's last boot."""
-    import json
+    from onelxc import jsontext
 
     where = directory()
     try:
         fd = os.open(f"{where}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         with open(fd, "rb") as file:
-            kept = json.load(file)
+            kept = jsontext.loads(file.read())
         return kept if isinstance(kept, dict) and kept.get("boot") == _boot() else {}
     except (OSError, ValueError):
         return {}

@@ -13,6 +13,7 @@ import posixpath
 from onelxc.fields import Fields
 from onelxc.model import Disk, IoLimits
 
+_MOST = 256
 _LIMITS = (
     "total_bytes_sec",
     "read_bytes_sec",
@@ -26,7 +27,7 @@ _LIMITS = (
 def disks(template: Fields, vm_id: int, vm_dir: str) -> tuple[Disk, ...]:
     """All DISKs, the one with the root file system first: that of OS/BOOT if it names one, else the first DISK."""
     found = []
-    for number, element in enumerate(template.all("DISK")):
+    for number, element in enumerate(template.all("DISK", most=_MOST)):
         fields = Fields(element, f"{template.where}: DISK {element.findtext('DISK_ID') or number}")
         found.append(disk(fields, number, vm_id, vm_dir))
     ids = [one.disk_id for one in found]

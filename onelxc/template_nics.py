@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from onelxc.config import Defaults
 from onelxc.errors import NotSupportedError
 from onelxc.fields import Fields
-from onelxc.model import Bandwidth, Nic, nic_device
+from onelxc.model import VLANS, Bandwidth, Nic, nic_device
 
+_MOST = 256
 NAME_LIMIT = 15
 """IFNAMSIZ - 1."""
 _INTERFACE = re.compile(r"[^\s/:\x00-\x1f]{1,15}\Z")
@@ -47,10 +48,10 @@ def nics(template: Fields, vm_id: int, defaults: Defaults, notes: list[str]) -> 
     """All NICs and PCI NICs, by NIC_ID. One default route only: the kernel refuses a second one."""
     around = _Around(vm_id, defaults, template.sub("CONTEXT"), notes)
     found = []
-    for number, element in enumerate(template.all("NIC")):
+    for number, element in enumerate(template.all("NIC", most=_MOST)):
         fields = Fields(element, f"{template.where}: NIC {element.findtext('NIC_ID') or number}")
         found.append(_nic(fields, number, around))
-    for element in template.all("PCI"):
+    for element in template.all("PCI", most=_MOST):
         fields = Fields(element, f"{template.where}: PCI {element.findtext('PCI_ID') or ''}".rstrip())
         found.append(_pci_nic(fields, around))
     found.sort(key=lambda one: one.nic_id)
@@ -113,10 +114,10 @@ def _vlan_id(fields: Fields, vn_mad: str) -> int | None:
 def _vlans(fields: Fields, name: str) -> str:
     """A list of numbers and ranges, "100,200-210"."""
     text = fields.text(name).replace(" ", "")
-    for part in text.split(",") if text else ():
+    for part in text.split(",", VLANS) if text else ():
         first, sign, last = part.partition("-")
         ends = [first, last] if sign else [first]
-        if not all(re.match(r"[0-9]{1,4}\Z", end) and int(end) < 4096 for end in ends):
+        if not all(re.match(r"[0-9]{1,4}\Z", end) and int(end) < VLANS for end in ends):
             raise fields.error(f"{name} is not a list of VLANs: {text!r}")
     return text
 

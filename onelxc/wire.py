@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Any, TypeVar
 
 from onelxc import model
@@ -16,9 +17,12 @@ from onelxc.errors import HelperError
 
 T = TypeVar("T")
 
+_LONGEST_LIST = 4096
+_WHOLE = range(-(2**63), 2**63)
+
 
 def decode(kind: type[T], value: Any, where: str = "") -> T:
-    """`value` (from json.loads) as the dataclass `kind`. HelperError names the field that is wrong."""
+    """`value` (from `jsontext`) as the dataclass `kind`. HelperError names the field that is wrong."""
     where = where or kind.__name__
     if not isinstance(value, dict):
         raise HelperError(f"Cannot read {where}: not an object")
@@ -33,18 +37,27 @@ def decode(kind: type[T], value: Any, where: str = "") -> T:
         raise HelperError(f"Cannot read {where}: {error}") from error
 
 
+def number(request: dict[str, Any], name: str, *, least: int = 0, most: int = 2**62) -> int:
+    """A whole number that a verb needs. HelperError where there is none."""
+    value = _value("int", request.get(name), name)
+    if not least <= value <= most:
+        raise HelperError(f"Cannot read {name}: out of range: {value}")
+    return int(value)
+
+
 def _value(declared: str, value: Any, where: str) -> Any:
     if declared.endswith(" | None"):
         return None if value is None else _value(declared[: -len(" | None")], value, where)
     if declared.startswith("tuple["):
         return _tuple(_split(declared[len("tuple[") : -1]), value, where)
-    if declared == "float" and type(value) is int:
+    if declared == "float" and type(value) is int and value in _WHOLE:
         return float(value)
     if declared in ("int", "float", "str", "bool"):
         if type(value).__name__ != declared:
             raise HelperError(f"Cannot read {where}: not {declared}: {value!r}")
-        if isinstance(value, str) and "\0" in value:
-            raise HelperError(f"Cannot read {where}: a NUL in {value!r}")
+        if not _is_plain(value):
+            what = "a NUL" if isinstance(value, str) and "\0" in value else f"no {declared} of ours"
+            raise HelperError(f"Cannot read {where}: {what} in {value!r}")
         return value
     named = getattr(model, declared)
     if issubclass(named, enum.Enum):
@@ -55,9 +68,22 @@ def _value(declared: str, value: Any, where: str) -> Any:
     return decode(named, value, where)
 
 
+def _is_plain(value: str | float) -> bool:
+    """Whether the kernel can be told it: no NUL in a text, nor half a character; a number of 64 bits, and finite."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            return False
+        return "\0" not in value
+    return math.isfinite(value) if isinstance(value, float) else value in _WHOLE
+
+
 def _tuple(members: list[str], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise HelperError(f"Cannot read {where}: not a list")
+    if len(value) > _LONGEST_LIST:
+        raise HelperError(f"Cannot read {where}: {len(value)} items, {_LONGEST_LIST} at most")
     if members[-1] == "...":
         members = members[:1] * len(value)
     if len(members) != len(value):

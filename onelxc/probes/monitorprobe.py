@@ -86,7 +86,9 @@ def _snapshot_sizes(disks: dict[str, str]) -> list[tuple[int, int, int]]:
             entries = os.listdir(f"{path}.snap")
         except OSError:
             continue
-        found += [(int(disk), int(entry), _megabytes(f"{path}.snap/{entry}")) for entry in entries if entry.isdigit()]
+        found += [
+            (int(disk), int(entry), _megabytes(f"{path}.snap/{entry}")) for entry in entries if names.is_number(entry)
+        ]
     return sorted(found)
 
 

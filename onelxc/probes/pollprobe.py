@@ -15,7 +15,7 @@ def run() -> str:
     reported paused without telling the driver.
     """
     number = sys.argv[-2] if len(sys.argv) > 3 else ""
-    if not (number.isascii() and number.isdigit()):
+    if not names.is_number(number):
         raise OneLxcError("Cannot poll a VM: no VM id in the arguments (DEPLOY_ID HOST ID HOST)")
     vm_id = int(number)
     usage = _usage(vm_id)

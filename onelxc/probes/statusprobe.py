@@ -21,6 +21,7 @@ FILE = "onelxc-vm-status"
 SYNC_S = 180
 """monitord.conf's default for PROBES_PERIOD/SYNC_STATE_VM."""
 REPEAT_S = 60
+_CONFIGURATION_LIMIT = 1 << 20
 PAUSED_S = 30
 """A container that stays frozen is asked about again after this time."""
 
@@ -117,7 +118,7 @@ def _sync_period_s() -> float:
     """How often monitord wants to hear of all VMs: its configuration comes on stdin, as XML in one known spelling."""
     if sys.stdin is None or sys.stdin.isatty():
         return SYNC_S
-    text = sys.stdin.read()
+    text = sys.stdin.read(_CONFIGURATION_LIMIT)
     value = text.partition("<SYNC_STATE_VM>")[2].partition("</SYNC_STATE_VM>")[0]
     digits = value.replace("<![CDATA[", "").replace("]]>", "").strip()
-    return float(digits) if digits.isdigit() else SYNC_S
+    return float(digits) if names.is_number(digits) else SYNC_S

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from onelxc import __version__, command, errors, names
 from onelxc.errors import HelperError, OneLxcError
 from onelxc.model import VmPaths
+from onelxc.root import requests
 from onelxc.root.verbs import ANY_VERSION, ONE_SHOT
 
 if TYPE_CHECKING:
@@ -34,10 +35,36 @@ if TYPE_CHECKING:
 
 LOCK_S = 120.0
 """How long an action waits for the one before it, unless its caller says."""
+LONGEST_REQUEST = 64 << 10
+REQUEST_S = 10.0
+"""Of the one line that a one-shot verb reads."""
+_BY_NAME = ("freeze", "thaw", "console", "refresh")
 _ACTION = re.compile(r"[a-z][a-z_]{1,30}")
 
 
 def main(argv: list[str]) -> int:
+    """Do what is asked; the exit code. Whatever goes wrong is one line, of JSON where a program has asked."""
+    for_people = argv[:1] == ["cache"] or (len(argv) <= 2 and argv[:1] in (["check"], *([word] for word in _BY_NAME)))
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        status = 1  # whoever asked has gone
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:
+        status = 1
+        if for_people:
+            print(errors.told(error), file=sys.stderr)
+        else:
+            kind = type(error).__name__ if isinstance(error, OneLxcError) else "HelperError"
+            _say({"error": errors.told(error), "kind": kind})
+    _hear_nobody()
+    return status
+
+
+def _main(argv: list[str]) -> int:
     os.environ.clear()
     os.environ.update(command.ENVIRONMENT)
     os.umask(0o022)
@@ -51,49 +78,39 @@ def main(argv: list[str]) -> int:
         return check.main(argv[1] if len(argv) > 1 else "")
     if argv[:1] == ["cache"]:
         return _cache(argv[1:])
-    if len(argv) == 2 and argv[0] in ("freeze", "thaw", "console", "refresh"):
-        return _by_name(*argv)
-    try:
-        words, options = _parse(argv)
-        if words[:1] not in ([verb] for verb in ANY_VERSION):
-            _check_version(options.get("version"))
-        from onelxc import config
+    if len(argv) == 2 and argv[0] in _BY_NAME:
+        _by_name(*argv)
+        return 0
+    words, options = _parse(argv)
+    if words[:1] not in ([verb] for verb in ANY_VERSION):
+        _check_version(options.get("version"))
+    from onelxc import config
 
-        policy = config.host()
-        if words[:1] == ["session"]:
-            from onelxc.root.session import Session
+    policy = config.host()
+    if words[:1] == ["session"]:
+        from onelxc.root.session import Session
 
-            vm_id, verb = _session_words(words)
-            return Session(vm_id, verb, policy, _number(options, "wait", LOCK_S)).serve(
-                _number(options, "started", inf)
-            )
-        if os.getuid() != 0:
-            raise HelperError("Cannot run the root helper: not root")
-        return _one_shot(words, policy)
-    except OneLxcError as error:
-        _say({"error": str(error), "kind": type(error).__name__})
-        return 1
+        vm_id, verb = _session_words(words)
+        return Session(vm_id, verb, policy, _number(options, "wait", LOCK_S)).serve(_number(options, "started", inf))
+    if os.getuid() != 0:
+        raise HelperError("Cannot run the root helper: not root")
+    return _one_shot(words, policy)
 
 
-def _by_name(verb: str, name: str) -> int:
-    """The verbs that are no action of OpenNebula's: for shims, people and the hub. One line on stderr if they fail."""
+def _by_name(verb: str, name: str) -> None:
+    """The verbs that are no action of OpenNebula's: for shims, people and the hub."""
     from onelxc import config
     from onelxc.root import terminal
 
-    try:
-        vm_id = names.vm_id_of(name)
-        if vm_id is None:
-            raise HelperError(f"Cannot {verb} {name!r}: no container of ours")
-        if os.getuid() != 0:
-            raise HelperError(f"Cannot {verb} {name}: not root")
-        if verb == "console":
-            terminal.attach(vm_id)
-        else:
-            _locked(verb, vm_id, config.host())
-    except OneLxcError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    vm_id = names.vm_id_of(name)
+    if vm_id is None:
+        raise HelperError(f"Cannot {verb} {name!r}: no container of ours")
+    if os.getuid() != 0:
+        raise HelperError(f"Cannot {verb} {name}: not root")
+    if verb == "console":
+        terminal.attach(vm_id)
+    else:
+        _locked(verb, vm_id, config.host())
 
 
 def _cache(words: list[str]) -> int:
@@ -101,13 +118,9 @@ def _cache(words: list[str]) -> int:
     from onelxc import config
     from onelxc.root import cache
 
-    try:
-        policy = config.host()
-        print(cache.main(words, policy.cache_path, policy.cache_max_mb))
-        return 0
-    except OneLxcError as error:
-        print(error, file=sys.stderr)
-        return 1
+    policy = config.host()
+    print(cache.main(words, policy.cache_path, policy.cache_max_mb))
+    return 0
 
 
 def _locked(verb: str, vm_id: int, policy: HostConfig) -> None:
@@ -134,14 +147,12 @@ def _locked(verb: str, vm_id: int, policy: HostConfig) -> None:
 def _one_shot(words: list[str], policy: Any) -> int:
     if len(words) != 1 or words[0] not in ONE_SHOT:
         raise HelperError(f"Cannot run the root helper: unknown verb {' '.join(words)!r}")
-    try:
-        # people at a terminal have no request to make
-        text = b"" if sys.stdin.isatty() else sys.stdin.buffer.readline()
-        request = json.loads(text) if text.strip() else {}
-        if not isinstance(request, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise HelperError(f"Cannot read a request: {error}") from error
+    # people at a terminal have no request to make
+    text = b""
+    if not os.isatty(0):
+        lines = requests.Lines(0, longest=LONGEST_REQUEST, limit_s=REQUEST_S, patient=False)
+        text = lines.next() or lines.rest
+    request = requests.parse(text) if text.strip() else {}
     module, function = ONE_SHOT[words[0]]
     verb = getattr(importlib.import_module(module), function)
     _say({"ok": verb(policy, request, lambda text: _say({"log": errors.line(text)}))})
@@ -196,4 +207,9 @@ def _say(message: dict[str, Any]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         # nobody listens any more; what was begun is finished all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _hear_nobody()
+
+
+def _hear_nobody() -> None:
+    """What is left to be written goes nowhere, without another error at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from onelxc import command, containers, executions, names
+from onelxc import command, containers, executions, jsontext, names
 from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
 from onelxc.model import VmPaths
 from onelxc.root import cgroups, orphans, record, syscalls
@@ -93,7 +93,7 @@ def finished(config: HostConfig, request: dict[str, Any], log: Callable[[str], N
             continue
         try:
             with open(path) as file:
-                result = json.loads(file.read()) if path.endswith(".done") else _lost()
+                result = jsontext.loads(file.read()) if path.endswith(".done") else _lost()
         except (OSError, ValueError):
             result = _lost()
         size += len(result["stdout"]) + len(result["stderr"])

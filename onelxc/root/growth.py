@@ -12,7 +12,7 @@ import stat
 import time
 from typing import Any
 
-from onelxc import kernelfile, model
+from onelxc import kernelfile, model, wire
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk
 from onelxc.root import filesystems, inside, loops, mounts, rawview, rbd, record, snapshots, validate
@@ -24,7 +24,7 @@ _HEARD_S = 30.0
 
 def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"disk_id": 0, "size_mb": 4096}`. Never smaller. The caller commits."""
-    disk_id, size_mb = int(request.get("disk_id", -1)), int(request.get("size_mb", 0))
+    disk_id, size_mb = wire.number(request, "disk_id"), wire.number(request, "size_mb", most=1 << 34)
     found = record.read(work.vm_id)
     if found is None:
         raise NoSuchDomainError(f"Cannot find {model.deploy_id(work.vm_id)}: no such container of ours on this host")

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from onelxc import command, config
+from onelxc import command, config, errors, jsontext
 from onelxc.errors import ConfigurationError, HelperError
 from onelxc.names import RUN, deploy_id
 from onelxc.root import consolelog
@@ -33,6 +33,7 @@ from onelxc.root.hub import LOG, PID, START, make_run_directory, private, progra
 SEEN = os.path.join(RUN, "hub.seen")
 LOG_LIMIT = 256 * 1024
 IDLE_S = 60.0
+EXPIRE_EACH_S = 600.0
 REFRESHES_AT_ONCE = 8
 """So many that those of containers which make theirs wait hold up nobody else's."""
 
@@ -121,7 +122,7 @@ class Hub:
             self._ready = True
             with open(PID, "a") as held:
                 held.write("ready\n")
-        if now - self._expired_at > 3600:
+        if now - self._expired_at > EXPIRE_EACH_S:
             self._expired_at = now
             consolelog.expire()
         _bound_own_log()
@@ -147,7 +148,7 @@ def _may_end(idle_s: float) -> bool:
 def _read_seen() -> dict[int, int]:
     try:
         with open(SEEN) as seen:
-            return {int(vm_id): int(domain_id) for vm_id, domain_id in json.load(seen).items()}
+            return {int(vm_id): int(domain_id) for vm_id, domain_id in jsontext.loads(seen.read()).items()}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -191,7 +192,11 @@ def _lock(held: int) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The program onelxc-hub [--idle-s SECONDS]. 0 also where another one runs already."""
-    idle_s = float(arguments[1]) if arguments[:1] == ["--idle-s"] else IDLE_S
+    try:
+        idle_s = float(arguments[1]) if arguments[:1] == ["--idle-s"] else IDLE_S
+    except (IndexError, ValueError):
+        complain("onelxc-hub: --idle-s needs a number of seconds")
+        return 1
     os.umask(0o077)
     make_run_directory()
     os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
@@ -206,8 +211,12 @@ def main(arguments: Sequence[str]) -> int:
         os.close(log)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
-    hub = Hub(idle_s, _log_limit())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda _number, _frame: hub.stop())
-    hub.run()
+    try:
+        hub = Hub(idle_s, _log_limit())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda _number, _frame: hub.stop())
+        hub.run()
+    except Exception as error:  # whoever needs it starts it anew, and its log says why
+        complain(errors.told(error))
+        return 1
     return 0

@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from onelxc import jsontext
 from onelxc.errors import StorageError
 
 
@@ -137,9 +138,17 @@ def _read(path: str) -> list[dict[str, Any]]:
     lines = []
     for text in raw.split(b"\n"):
         try:
-            line = json.loads(text)
+            line = jsontext.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and _is_one(line):
             lines.append(line)
     return lines
+
+
+def _is_one(line: dict[str, Any]) -> bool:
+    """Whether it says what a line of ours says, of the kinds above."""
+    numbers = [line[name] for name in ("n", "commit") if name in line]
+    words = [line[name] for name in ("take", "by") if name in line]
+    right = all(type(number) is int for number in numbers) and all(isinstance(word, str) for word in words)
+    return right and ("commit" in line or ("n" in line and ("take" in line or "gone" in line)))

@@ -7,12 +7,11 @@ nothing read there is used as an argument but numbers.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from onelxc import command
+from onelxc import command, jsontext
 from onelxc.errors import CommandError, HypervisorError
 from onelxc.root import cgroups, orphans
 
@@ -71,7 +70,7 @@ class Namespace:
 
     def links(self) -> tuple[Link, ...]:
         """All devices in here."""
-        found = json.loads(self.run("ip", "-d", "-j", "link", "show", verb="list network devices") or b"[]")
+        found = jsontext.loads(self.run("ip", "-d", "-j", "link", "show", verb="list network devices") or b"[]")
         return tuple(_link(entry) for entry in found)
 
     def link(self, name: str) -> Link | None:
@@ -88,7 +87,7 @@ class Namespace:
 
     def addresses(self, name: str) -> tuple[str, ...]:
         """The addresses of a device as "10.0.0.1/24", without those that it has by itself."""
-        found = json.loads(self.run("ip", "-j", "address", "show", "dev", name, verb=f"look at {name}") or b"[]")
+        found = jsontext.loads(self.run("ip", "-j", "address", "show", "dev", name, verb=f"look at {name}") or b"[]")
         infos = [info for entry in found for info in entry.get("addr_info", ())]
         return tuple(f"{info['local']}/{info['prefixlen']}" for info in infos if info.get("scope") != "link")
 
@@ -96,7 +95,7 @@ class Namespace:
         """Whether any route of the main table leads through a device, but for what it has by itself."""
         for family in ("-4", "-6"):
             text = self.run("ip", family, "-j", "route", "show", "dev", name, verb=f"look at {name}")
-            routes = json.loads(text or b"[]")
+            routes = jsontext.loads(text or b"[]")
             if any(not str(route.get("dst", "")).startswith("fe80:") for route in routes):
                 return True
         return False

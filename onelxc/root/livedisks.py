@@ -31,6 +31,7 @@ def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         raise NotSupportedError(f"Cannot attach disk {disk.disk_id}: a container cannot swap to a disk of its own")
     if disk.kind == "context":
         raise NotSupportedError(f"Cannot attach disk {disk.disk_id}: it is the context, which reconfigure brings")
+    validate.check_disk(disk)
     known = [one for one in found.vm.disks if one.disk_id == disk.disk_id]
     if known or disk.disk_id < 0:
         raise StorageError(f"Cannot attach disk {disk.disk_id}: a disk of that number is attached already")
@@ -56,7 +57,7 @@ def attach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"disk_id": 3}`. A disk that is not there is detached. The caller commits."""
-    disk_id = int(request.get("disk_id", -1))
+    disk_id = wire.number(request, "disk_id")
     found = _record(work)
     if disk_id == found.vm.root_disk.disk_id:
         raise NotSupportedError(f"Cannot detach disk {disk_id}: it holds the root file system of the container")

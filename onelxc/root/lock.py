@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onelxc import jsontext
 from onelxc.errors import GiveUpError, HelperError
 from onelxc.model import VmPaths
 
@@ -105,7 +106,7 @@ def holder(vm_id: int) -> Holder | None:
     """Who wrote last that it holds the lock, if that process still lives."""
     try:
         with open(VmPaths(vm_id).lock, "rb") as file:
-            data = json.loads(file.read())
+            data = jsontext.loads(file.read())
         found = Holder(pid=int(data["pid"]), started=int(data["started"]), verb=str(data["verb"]))
         return found if started_of(found.pid) == found.started else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -80,9 +80,7 @@ def old_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 def detach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"nic_id": …}`, which libvirt knows no more."""
-    nic_id = request.get("nic_id")
-    if not isinstance(nic_id, int):
-        raise HelperError(f"Cannot detach a NIC of VM {work.vm_id}: no number: {nic_id!r}")
+    nic_id = wire.number(request, "nic_id")
     found = _record(work)
     forget(work.vm_id, nic_id)
     for entry in work.journal.held():

@@ -27,6 +27,8 @@ _PROTECTIVE = 0xEE
 _EXTENDED = (0x05, 0x0F, 0x85)
 _LOGICALS = 60
 _ENTRIES_LIMIT = 1 << 20
+MOST = 128
+"""As many as a GPT has by default. Each is looked at."""
 _GPT = struct.Struct("<8sIIIIQQQQ16sQIII")
 _BLKSSZGET = 0x1268
 
@@ -73,7 +75,10 @@ class _Gpt:
 def read(fd: int) -> tuple[Entry, ...]:
     """The partitions as the table has them, which may be wrong. StorageError where there is no table to read."""
     gpt = _gpt(fd)
-    return _dos(fd) if gpt is None else _entries(gpt)
+    found = _dos(fd) if gpt is None else _entries(gpt)
+    if len(found) > MOST:
+        raise StorageError(f"more than {MOST} partitions")
+    return found
 
 
 def enlarge(fd: int, wanted: Entry) -> Entry | None:
@@ -128,7 +133,7 @@ def _gpt(fd: int) -> _Gpt | None:
     disk = _size(fd)
     for unit in (512, 4096) if stat.S_ISREG(os.fstat(fd).st_mode) else (_unit(fd),):
         for sector in (1, disk // unit - 1):
-            found = _header(fd, unit, sector, disk)
+            found = _header(fd, unit, sector, disk) if sector > 0 else None
             if found is not None:
                 return found
     raise StorageError("the GPT is damaged")

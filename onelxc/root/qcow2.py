@@ -19,6 +19,7 @@ _MAGIC = b"QFI\xfb"
 _LAYERS = 32
 _EXTERNAL_DATA = 1 << 2
 _BACKING_FORMAT = 0xE2792ACA
+_CLUSTER_BITS = range(9, 22)
 
 
 def is_qcow2(fd: int) -> bool:
@@ -94,11 +95,15 @@ def _belongs(real: str, disk: str, source: str) -> bool:
 
 
 def _header(fd: int, name: str) -> tuple[str, str]:
-    """(backing file, its format) as the header has them (docs/interop/qcow2.txt of QEMU)."""
+    """(backing file, its format) as the header has them (docs/interop/qcow2.txt of QEMU).
+
+    All of it lies in the image's first cluster, of 2 MiB at most, so that no number in it leads further.
+    """
+    damaged = StorageError(f"Cannot open {name} as qcow2: its header is damaged")
     header = os.pread(fd, 104, 0)
     if len(header) < 72 or header[:4] != _MAGIC:
-        raise StorageError(f"Cannot open {name} as qcow2: its header is damaged")
-    version, offset, length = struct.unpack_from(">IQI", header, 4)
+        raise damaged
+    version, offset, length, cluster_bits = struct.unpack_from(">IQII", header, 4)
     crypt = struct.unpack_from(">I", header, 32)[0]
     features, header_length = 0, 72
     if version >= 3 and len(header) == 104:
@@ -110,22 +115,23 @@ def _header(fd: int, name: str) -> tuple[str, str]:
         raise StorageError(f"Cannot open {name} as qcow2: it is encrypted")
     if not offset:
         return "", ""
-    if length > 1023:
-        raise StorageError(f"Cannot open {name} as qcow2: its header is damaged")
-    backing = os.fsdecode(os.pread(fd, length, offset))
-    form = _backing_format(fd, header_length, offset)
+    if length > 1023 or cluster_bits not in _CLUSTER_BITS or offset + length > 1 << cluster_bits:
+        raise damaged
+    first = os.pread(fd, offset + length, 0)
+    backing = os.fsdecode(first[offset:])
+    form = _backing_format(first[:offset], header_length)
     if form not in ("raw", "qcow2") or backing.startswith("json:") or "\0" in backing:
         raise StorageError(f"Cannot open {name} as qcow2: it does not say what the image behind it ({backing}) is")
     return backing, form
 
 
-def _backing_format(fd: int, position: int, end: int) -> str:
+def _backing_format(area: bytes, position: int) -> str:
     """The header extension that names the backing file's format; "" if there is none."""
-    while position + 8 <= end:
-        kind, length = struct.unpack(">II", os.pread(fd, 8, position).ljust(8, b"\0"))
+    while position + 8 <= len(area):
+        kind, length = struct.unpack_from(">II", area, position)
         if kind == 0:
             break
         if kind == _BACKING_FORMAT and length < 64:
-            return os.pread(fd, length, position + 8).decode(errors="replace")
+            return area[position + 8 : position + 8 + length].decode(errors="replace")
         position += 8 + (length + 7) // 8 * 8
     return ""

@@ -9,9 +9,12 @@ import json
 import socket
 from typing import Any
 
+from onelxc import jsontext
 from onelxc.errors import StorageError
 
 _ANSWER_S = 60.0
+_LONGEST = 1 << 20
+"""A line that is longer ends in the middle, and is no JSON."""
 
 
 class Monitor:
@@ -33,8 +36,8 @@ class Monitor:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             self._socket.sendall(json.dumps({"execute": command, "arguments": named}).encode() + b"\n")
-            for line in self._lines:
-                answer = json.loads(line)
+            while line := self._lines.readline(_LONGEST):
+                answer = jsontext.loads(line)
                 if "error" in answer:
                     raise StorageError(f"Cannot {command}: {answer['error'].get('desc')}")
                 if "return" in answer:

@@ -6,13 +6,12 @@ runs as root and believes what it is configured with.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
 from typing import Any
 
-from onelxc import command
+from onelxc import command, jsontext
 from onelxc.errors import CommandError, StorageError
 from onelxc.model import Disk
 from onelxc.root.work import Work
@@ -77,7 +76,7 @@ def _mapped(image: str, options: list[str]) -> str | None:
     text = _rbd(["list", "--format", "json", *options], "list the Ceph images of this host")
     name, _, snapshot = image.partition("@")
     try:
-        listed = json.loads(text or "[]")
+        listed = jsontext.loads(text or "[]")
         for one in listed.values() if isinstance(listed, dict) else listed:
             if f"{one['pool']}/{one['name']}" == name and one.get("snap", "-") == (snapshot or "-"):
                 return str(one["device"])

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from onelxc import names
+from onelxc import errors, names
 from onelxc.errors import HypervisorError, OneLxcError
 from onelxc.model import STATE, VmPaths
 from onelxc.root import cgroups, freezer, holders, hub, lock, orphans, rawview, record, release
@@ -55,9 +55,9 @@ def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]
         try:
             state = _look(vm_id, groups.get(vm_id, []), vm_id in lost, config, log)
             found.append({"id": vm_id, "state": state})
-        except (OneLxcError, OSError) as error:
-            log(f"VM {vm_id}: {error}")
-            found.append({"id": vm_id, "state": BUSY, "error": str(error)})
+        except Exception as error:  # whatever is wrong with one VM is no reason not to look at the others
+            log(f"VM {vm_id}: {errors.told(error)}")
+            found.append({"id": vm_id, "state": BUSY, "error": errors.told(error)})
     if any(vm["state"] in (RUNNING, PAUSED) for vm in found):
         _see_to_the_hub(log)
     return {"vms": found}
@@ -74,7 +74,7 @@ def _see_to_the_hub(log: Callable[[str], None]) -> None:
 def _ours() -> list[int]:
     """Every VM with a state directory, or, if that was lost, with a place for mounts."""
     try:
-        mounted = [int(name) for name in os.listdir(os.path.join(STATE, "mnt")) if name.isdigit()]
+        mounted = [int(name) for name in os.listdir(os.path.join(STATE, "mnt")) if names.is_number(name)]
     except FileNotFoundError:
         mounted = []
     return sorted({*record.vm_ids(), *mounted})

@@ -13,9 +13,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from onelxc import model, wire
+from onelxc import jsontext, model, wire
 from onelxc.errors import HelperError, StorageError
 from onelxc.model import Prepared, Vm, VmPaths
+from onelxc.names import is_number
 from onelxc.root.journal import make_state_directory
 from onelxc.root.work import Work
 
@@ -53,7 +54,7 @@ def newest(vm_id: int) -> Record | None:
 def _read(vm_id: int, path: str) -> Record | None:
     try:
         with open(path, "rb") as file:
-            data = json.loads(file.read())
+            data = jsontext.loads(file.read())
         return Record(wire.decode(Vm, data["vm"]), wire.decode(Prepared, data["prepared"]), str(data["boot"]))
     except FileNotFoundError:
         return None
@@ -145,7 +146,7 @@ def vm_ids() -> tuple[int, ...]:
         names = os.listdir(os.path.join(model.STATE, "vms"))
     except FileNotFoundError:
         return ()
-    return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit()))
+    return tuple(sorted(int(name) for name in names if is_number(name)))
 
 
 def paused(vm_id: int) -> str:

@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from onelxc import errors
 from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import VmPaths
-from onelxc.root import lock
+from onelxc.root import lock, requests
 from onelxc.root.journal import Journal
 from onelxc.root.verbs import VERBS
 from onelxc.root.work import Work
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from onelxc.config import HostConfig
 
 STDIN, STDOUT = 0, 1
-LONGEST_REQUEST = 4 << 20
 CALLER_LEAVES_S = 60
 """How long a caller that was told to give up may take to end what it does with libvirt."""
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
@@ -190,21 +188,19 @@ class Session:
                 _write_message({"ok": {"pid": parent}})
                 self._requests()
                 status = 0
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            # what no further request can follow: a line without an end, or an interrupt
+            _answer_error(error)
         finally:
             os._exit(status)
 
     def _requests(self) -> None:
         work = self._new_work()
-        lines = _lines()
-        while True:
+        lines = requests.Lines(STDIN)
+        while (line := lines.next()) is not None:
             try:
-                line = next(lines, None)
-                if line is None:
-                    return
                 _write_message({"ok": _run(work, line)})
-            except (OneLxcError, OSError, ValueError) as error:
+            except Exception as error:
                 _answer_error(error)
 
     def _log(self, text: str) -> None:
@@ -212,39 +208,13 @@ class Session:
 
 
 def _run(work: Work, line: bytes) -> Any:
-    try:
-        request = json.loads(line)
-    except ValueError as error:
-        raise HelperError(f"Cannot read a request: {error}") from error
-    if not isinstance(request, dict):
-        raise HelperError("Cannot read a request: not an object")
+    request = requests.parse(line)
     name = str(request.pop("do", ""))
     if name not in VERBS:
         raise HelperError(f"Cannot do {name!r}: the root helper knows no such verb")
     module, function = VERBS[name]
     verb: Callable[[Work, dict[str, Any]], Any] = getattr(importlib.import_module(module), function)
     return verb(work, request)
-
-
-class _lines:
-    """The lines on stdin."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-
-    def __iter__(self) -> _lines:
-        return self
-
-    def __next__(self) -> bytes:
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > LONGEST_REQUEST:
-                raise StopIteration
-            piece = os.read(STDIN, 65536)
-            if not piece:
-                raise StopIteration
-            self._buffer += piece
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
 
 
 def _kill_group(worker: int) -> None:
@@ -272,9 +242,9 @@ def _caller_is_gone() -> bool:
     return any(events & _GONE for _, events in poll.poll(0))
 
 
-def _answer_error(error: Exception) -> None:
+def _answer_error(error: BaseException) -> None:
     kind = type(error).__name__ if isinstance(error, OneLxcError) else "HelperError"
-    _write_message({"error": str(error) or type(error).__name__, "kind": kind})
+    _write_message({"error": errors.told(error) or kind, "kind": kind})
 
 
 def _write_message(message: dict[str, Any]) -> None:

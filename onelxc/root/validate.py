@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from onelxc.config import HostConfig
 
 _LINKS = 16
+_LARGEST_MB = 1 << 34
+_LONGEST_POINT, _DEEPEST_POINT = 1024, 64
 _PATH_FD = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -112,19 +114,30 @@ def vm(data: object, vm_id: int, config: HostConfig) -> Vm:
             f"Cannot prepare VM {vm_id}: this host runs no privileged containers (PRIVILEGED in host.conf)"
         )
     identifiers = [disk.disk_id for disk in read.disks]
-    if len(set(identifiers)) != len(identifiers) or any(not 0 <= number < 100000 for number in identifiers):
+    if len(set(identifiers)) != len(identifiers):
         raise HelperError(f"Cannot prepare VM {vm_id}: DISK_IDs are not distinct small numbers: {identifiers}")
-    for disk in read.disks:
-        mount_point(disk)
+    for each in read.disks:
+        check_disk(each)
     for profile in read.profiles:
         if not profile or "/" in profile or profile.startswith("."):
             raise HelperError(f"Cannot prepare VM {vm_id}: {profile!r} is no name of a profile")
     return read
 
 
+def check_disk(disk: Disk) -> None:
+    """HelperError or StorageError unless its numbers and its place are those that a disk can have."""
+    if not 0 <= disk.disk_id < 100000:
+        raise HelperError(f"Cannot use disk {disk.disk_id}: DISK_IDs are not distinct small numbers")
+    if disk.size_mb is not None and not 0 < disk.size_mb <= _LARGEST_MB:
+        raise HelperError(f"Cannot use disk {disk.disk_id}: not a size: {disk.size_mb} MB")
+    mount_point(disk)
+
+
 def mount_point(disk: Disk) -> str:
     """Where a data disk goes inside the container: an absolute path without `..`, and not the root."""
     point = posixpath.normpath(disk.mount_point)
+    if len(point) > _LONGEST_POINT or point.count("/") > _DEEPEST_POINT:
+        raise StorageError(f"Cannot mount disk {disk.disk_id} at {disk.mount_point!r}: too long, or too deep, a path")
     if ".." in disk.mount_point.split("/") or point in ("/", "//") or not point.startswith("/"):
         raise StorageError(f"Cannot mount disk {disk.disk_id} at {disk.mount_point!r}: not a path below /")
     return point
