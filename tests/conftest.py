@@ -16,7 +16,7 @@ from tests.support.fixtures import *  # noqa: E402, F403
 
 WAITING = pytest.StashKey[int]()
 """How many tests were left for the emulated machine."""
-TIERS = ("lint", "pure", "contract", "install", "node")
+TIERS = ("lint", "pure", "contract", "install", "node", "hostile")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
