@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onelxc import names
+from onelxc.root import trees
 
 _V1 = re.compile(r"lxc-(\d+)-(.+)\.libvirt-lxc\Z")
 _V2 = re.compile(r"machine-lxc-(\d+)-(.+)\.scope\Z")
 _PARENTS = ("machine", "machine.slice")
 WALK_S = 30.0
 """Some 300,000 groups."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _SYSTEMDS = ("init.scope", "system.slice", "user.slice")
 
 
@@ -85,13 +85,12 @@ def _unescape(unit: str) -> str:
 def below(path: str) -> Iterator[tuple[int, str]]:
     """All the groups below one, children before their parents: (descriptor of the directory, name in it).
 
-    A tenant decides how many there are and how deep they lie, deeper than a path can say. So it goes down by single
-    names and up by `..`, with one descriptor, which is good until the next turn. TimeoutError where it finds no end:
-    whoever is in there may make groups as fast as we look.
+    A tenant decides how many there are and how deep they lie: see `trees`. The descriptor is good until the next turn.
+    TimeoutError where it finds no end: whoever is in there may make groups as fast as we look.
     """
     deadline = time.monotonic() + WALK_S
     try:
-        here = os.open(path, _DIRECTORY)
+        here = os.open(path, trees.DIRECTORY)
     except FileNotFoundError:
         return
     waiting, way = [_children(here)], list[str]()
@@ -102,21 +101,15 @@ def below(path: str) -> Iterator[tuple[int, str]]:
             if waiting[-1]:
                 name = waiting[-1].pop()
                 with contextlib.suppress(FileNotFoundError):
-                    here = _go(here, name)
+                    here = trees.go(here, name)
                     way.append(name)
                     waiting.append(_children(here))
             else:
                 waiting.pop()
-                here = _go(here, "..")
+                here = trees.go(here, "..")
                 yield here, way.pop()
     finally:
         os.close(here)
-
-
-def _go(here: int, name: str) -> int:
-    there = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
-    os.close(here)
-    return there
 
 
 def _children(group: int) -> list[str]:

@@ -6,11 +6,10 @@ Looks at what has been unpacked and moves it; knows nothing of tar or disks.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 
-from onelxc.root import syscalls
+from onelxc.root import syscalls, trees
 
 
 def hoist(mount_fd: int) -> None:
@@ -31,7 +30,7 @@ def hoist(mount_fd: int) -> None:
         inner = os.open(away, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
         try:
             for name in names - {"rootfs"}:
-                _remove(top, name)
+                trees.remove(top, name)
             for name in os.listdir(inner):
                 os.rename(name, name, src_dir_fd=inner, dst_dir_fd=top)
             for attribute in os.listxattr(inner):
@@ -45,22 +44,3 @@ def hoist(mount_fd: int) -> None:
         os.utime(top, ns=(status.st_atime_ns, status.st_mtime_ns))
     finally:
         os.close(top)
-
-
-def _remove(dir_fd: int, name: str) -> None:
-    """Remove a name and all below it, following nothing."""
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-        return
-    except IsADirectoryError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
-            raise
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
-    try:
-        for below in os.listdir(fd):
-            _remove(fd, below)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=dir_fd)

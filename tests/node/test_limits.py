@@ -19,7 +19,7 @@ import pytest
 
 from onelxc import __version__, command
 from onelxc.errors import CommandError, StorageError
-from onelxc.root import cgroups, consolelog, context, filesystems, jail, loops, mounts, orphans, rawview
+from onelxc.root import cgroups, consolelog, context, filesystems, jail, layout, loops, mounts, orphans, rawview
 from tests.support import images, machine
 from tests.support.diskimages import sh
 from tests.support.vms import Vm
@@ -391,6 +391,20 @@ def test_a_container_with_groups_deeper_than_a_path_ends(vm: NewVm) -> None:
     one.act("cancel").ok()
     assert cgroups.groups(one.vm_id) == ()
     assert not [each.path for each in found if os.path.exists(each.path)]
+
+
+def test_what_lies_beside_rootfs_goes_however_deep_it_is(tmp_path: Path) -> None:
+    for name in ("rootfs/etc", "deep", "wide/a"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "rootfs/etc/kept").write_text("x")
+    (tmp_path / "wide/link").symlink_to("/etc")
+    os.close(deepen(str(tmp_path / "deep"), 3000))
+    top = os.open(tmp_path, os.O_RDONLY)
+    layout.hoist(top)
+    os.close(top)
+    assert [path.name for path in tmp_path.iterdir()] == ["etc"]
+    assert (tmp_path / "etc/kept").read_text() == "x"
+    assert os.path.exists("/etc/passwd")
 
 
 # files of the host

@@ -25,7 +25,7 @@ from onelxc.config import Generation, HostConfig
 from onelxc.errors import HelperError, OneLxcError, TemplateError
 from onelxc.model import Disk, IoLimits, Nic, Prepared, Vm
 from onelxc.request import Request
-from onelxc.root import cli, filesystems, iso9660, nics, parttable, qcow2, requests, sample, validate
+from onelxc.root import cli, filesystems, hub_daemon, iso9660, nics, parttable, qcow2, requests, sample, validate
 from onelxc.root.journal import Journal
 from onelxc.template import Policy, build, parse
 
@@ -221,6 +221,12 @@ def test_the_helper_ends_no_way_but_with_a_line(error: Exception, capsys: Any, m
     assert cli.main(["check"]) == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("words", [["--idle-s"], ["--idle-s", "soon"]])
+def test_the_hub_ends_in_a_line_as_well(words: list[str], capsys: Any) -> None:
+    assert hub_daemon.main(words) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # numbers in texts
