@@ -90,6 +90,7 @@ class HostConfig:
     import_limit_mb: int | None = None
     fsck_timeout_s: float = 600.0
     exec_timeout_s: float = 3600.0
+    lease_timeout_s: float = 120.0
     cache_path: str = "/var/lib/onelxc/cache"
     cache_max_mb: int = 20480
     console_log_kib: int = 1024
@@ -152,7 +153,7 @@ def host(path: str = HOST_CONF) -> HostConfig:
     file = _File.read(path)
     file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW")
     file.allow("IMPORT_TIMEOUT", "IMPORT_LIMIT", "FSCK_TIMEOUT")
-    file.allow("EXEC_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
+    file.allow("EXEC_TIMEOUT", "LEASE_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
     standard = HostConfig()
     found = HostConfig(
         datastores=file.paths("DATASTORES", standard.datastores),
@@ -165,10 +166,13 @@ def host(path: str = HOST_CONF) -> HostConfig:
         import_limit_mb=file.whole("IMPORT_LIMIT", 0) or None,
         fsck_timeout_s=file.number("FSCK_TIMEOUT", standard.fsck_timeout_s),
         exec_timeout_s=file.number("EXEC_TIMEOUT", standard.exec_timeout_s),
+        lease_timeout_s=file.number("LEASE_TIMEOUT", standard.lease_timeout_s),
         cache_path=file.path_key("CACHE", "DIRECTORY", standard.cache_path),
         cache_max_mb=file.whole_key("CACHE", "SIZE", standard.cache_max_mb),
         console_log_kib=file.whole("CONSOLE_LOG_KIB", standard.console_log_kib),
     )
+    if not 4 <= found.lease_timeout_s <= 3600:
+        raise ConfigurationError(f"Cannot use {path}: LEASE_TIMEOUT does not lie between 4 and 3600 seconds")
     for pattern in found.block_devices:
         if not pattern.startswith("/dev/"):
             raise ConfigurationError(f"Cannot use {path}: BLOCK_DEVICES has a path that is not below /dev: {pattern!r}")

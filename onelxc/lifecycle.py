@@ -102,12 +102,14 @@ def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
 @dataclass(frozen=True)
 class Known:
     """What root's record says of a VM. `ours` also where only something left over from it is known; `vm` and `prepared`
-    are what it was deployed with, None then; `lost` where its image was deleted under it."""
+    are what it was deployed with, None then; `lost` where its image was deleted under it, or another host has taken it;
+    `suspended` where it stands still because its user said so."""
 
     ours: bool
     vm: Vm | None
     prepared: Prepared | None
     lost: bool
+    suspended: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Known:
@@ -117,6 +119,7 @@ class Known:
             vm=wire.decode(Vm, record["vm"]) if record["vm"] else None,
             prepared=wire.decode(Prepared, record["prepared"]) if record["prepared"] else None,
             lost=bool(record["lost"]),
+            suspended=record["paused"] == "suspend",
         )
 
     @property
@@ -127,7 +130,8 @@ class Known:
 def lives_already(hypervisor: Hypervisor, name: str, known: Known) -> bool:
     """Whether a deploy has nothing to do. HypervisorError if the name belongs to a container that is not ours.
 
-    A container whose image was deleted is one of before (a resubmit, whose cancel has not come yet): it does not count.
+    A container whose image was deleted is one of before (a resubmit, whose cancel has not come yet), and so is one
+    whose disks another host has had since: they do not count.
     """
     domain = hypervisor.find(name)
     if domain is None:

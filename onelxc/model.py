@@ -77,6 +77,10 @@ class Disk:
     """SOURCE: a path on the front-end, or `pool/image` of a Ceph disk; only for messages and for Ceph."""
     ceph_user: str = ""
     ceph_conf: str = ""
+    beside: str = ""
+    """Where a Ceph disk would lie if it were a file: its lease lies there."""
+    registered: bool = False
+    """Whether it is made from an image of OpenNebula's. Only then `source` is oned's word, and not its user's."""
 
     @property
     def mount_point(self) -> str:

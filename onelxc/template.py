@@ -25,6 +25,9 @@ RAW_TYPE = "libvirt-lxc"
 MEMORY_LEAST_MB = 32
 """libvirt's controller lives in the container's memory cgroup: with 20 MB the whole container was seen to end."""
 
+VIEWER_PORT_LEAST = 1024
+"""The server of the viewers runs as oneadmin."""
+
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
 _PROFILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}\Z")
 _CPUS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\Z")
@@ -68,7 +71,9 @@ def build(root: Any, vm_id: int, vm_dir: str, policy: Policy) -> Vm:
     template, user, outer = template_of(root, vm_id)
     _same_id(template, outer, vm_id)
     notes: list[str] = []
-    disks = template_disks.disks(template, vm_id, vm_dir)
+    history = outer.all("HISTORY_RECORDS/HISTORY")
+    tm_mad = Fields(history[-1], template.where).text("TM_MAD") if history else ""
+    disks = template_disks.disks(template, vm_id, vm_dir, tm_mad)
     if not any(disk.kind == "image" for disk in disks):
         raise template.error("no DISK with an image: a container needs one for its root file system")
     for disk in disks:
@@ -253,9 +258,12 @@ def _graphics(template: Fields, notes: list[str]) -> Graphics | None:
         if kind != "vnc":
             notes.append(f"GRAPHICS of TYPE {kind or 'none'!r} is not for containers, VNC is: ignored")
             continue
-        port = fields.whole("PORT", "a port", least=1, most=65535)
-        if port is None:
+        port = fields.whole("PORT", "a port", least=-1, most=65535)
+        if port is None or port < 1:
             notes.append("GRAPHICS has no PORT: ignored")
+            continue
+        if port < VIEWER_PORT_LEAST:
+            notes.append(f"GRAPHICS/PORT is {port}: only root may listen below {VIEWER_PORT_LEAST}: ignored")
             continue
         return Graphics(
             port=port,

@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ PIPE = "/tmp/svncterm_server_pipe"
 SIZE = ("-w", "800", "-h", "600", "-t", "300")
 LINE_LIMIT = 200
 LOCK_S = 5.0
+FREE_S = 2.0
 
 _PASSWORD = re.compile(r"[!-,.-~][!-~]{0,63}\Z")
 """Printable, no blank; the server takes a leading `-` for "no password"."""
@@ -53,8 +55,8 @@ def start(vm_id: int, graphics: Graphics, log: Callable[[str], None]) -> None:
     try:
         if not _listens():
             command.run([program, *SIZE], verb="start the VNC server")
-        # one that another VM has left there would keep the port
-        problem = _tell(f"-{graphics.port}\n") or _tell(line)
+        # one that a VM of before has left there would keep the port; of those that run none has it (`neighbours`)
+        problem = _tell(f"-{graphics.port}\n") or _wait_free(graphics.port) or _tell(line)
     except CommandError as error:
         problem = str(error)
     finally:
@@ -89,6 +91,21 @@ def _tell(line: str) -> str:
     finally:
         os.close(pipe)
     return ""
+
+
+def _wait_free(port: int) -> str:
+    """ "" as soon as nobody listens on the port: the server cannot tell that it could not."""
+    deadline = time.monotonic() + FREE_S
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return ""
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    return f"port {port}: {error.strerror}"
+        time.sleep(0.02)
 
 
 def _listens() -> bool:

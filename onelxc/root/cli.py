@@ -8,6 +8,7 @@
     onelxc-root freeze|thaw one-<vm id>                            for lxc-freeze and lxc-unfreeze
     onelxc-root console one-<vm id>                                for people: its console, through the hub
     onelxc-root refresh one-<vm id>                                for the hub, after a reboot from inside
+    onelxc-root attend one-<vm id>                                 for the hub, when another host has or wants its disks
 
 `--started` is when the caller began, in seconds since boot; `--wait` how long it waits for another action to end.
 
@@ -38,7 +39,7 @@ LOCK_S = 120.0
 LONGEST_REQUEST = 64 << 10
 REQUEST_S = 10.0
 """Of the one line that a one-shot verb reads."""
-_BY_NAME = ("freeze", "thaw", "console", "refresh")
+_BY_NAME = ("freeze", "thaw", "console", "refresh", "attend")
 _ACTION = re.compile(r"[a-z][a-z_]{1,30}")
 
 
@@ -136,6 +137,10 @@ def _locked(verb: str, vm_id: int, policy: HostConfig) -> None:
     try:
         if verb == "refresh":
             refresh.refresh(work)
+        elif verb == "attend":
+            from onelxc.root import fence
+
+            fence.attend(work)
         else:
             function = freezer.verb_freeze if verb == "freeze" else freezer.verb_thaw
             function(work, {"why": freezer.SNAPSHOT})

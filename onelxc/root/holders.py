@@ -67,7 +67,8 @@ def wait_until_free(work: Work, images: set[tuple[int, int]], devices: Sequence[
     """
     deadline = time.monotonic() + FREE_S
     for attempt in range(10**6):
-        held = [*(loops_over(images) if images else ()), *(one for one in devices if not is_free(one))]
+        own = [one for one in loops_over(images) if not _is_of_another(one, work)] if images else []
+        held = [*own, *(one for one in devices if not is_free(one))]
         if not held:
             return
         if attempt in (2, 20, 100):
@@ -80,6 +81,20 @@ def wait_until_free(work: Work, images: set[tuple[int, int]], devices: Sequence[
                 f" in use by {', '.join(users) or 'the kernel'}"
             )
         time.sleep(0.005 if attempt < 20 else 0.05)
+
+
+def _is_of_another(device: str, work: Work) -> bool:
+    """Whether another VM has mounted it, of an image that both read and neither writes."""
+    points = [point for source, point in mounted_devices(os.path.join(STATE, "mnt")) if source == device]
+    return bool(points) and not any(point.startswith(work.paths.mounts + "/") for point in points)
+
+
+def refuse_used(path: str, images: set[tuple[int, int]]) -> None:
+    """StorageError if a loop device has one of these images, of which `path` is one name."""
+    used = loops_over(images)
+    if used:
+        users = sorted({user for device in used for user in mounters_of(device)})
+        raise StorageError(f"Cannot use {path}: it is in use on this host by {', '.join(users) or used[0]}")
 
 
 def is_lost(device: str) -> bool:

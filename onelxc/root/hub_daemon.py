@@ -1,8 +1,9 @@
 """What does the one long-lived process of the host do? The daemon `onelxc-hub`.
 
-It joins two things that know nothing of each other: `events` (libvirt's word on what runs) and `consoles` (ptys, logs,
-attached people). After a reboot from inside it has `onelxc-root refresh one-N` put back what libvirt does not: a
-process of its own that takes the VM's lock, so that the daemon never waits. It decides nothing about a VM's life.
+It joins three things that know nothing of each other: `events` (libvirt's word on what runs), `consoles` (ptys, logs,
+attached people) and `keeper` (whose disks are leased). After a reboot from inside it has `onelxc-root refresh one-N`
+put back what libvirt does not, and `onelxc-root attend one-N` see to a VM whose disks another host has or wants:
+processes of their own that take the VM's lock, so that the daemon never waits. It decides nothing about a VM's life.
 
 Killed, it begins anew where it was: the containers' output waits in their ptys meanwhile, and `hub.seen` tells which
 of them rebooted when nobody looked.
@@ -29,12 +30,13 @@ from onelxc.root import consolelog
 from onelxc.root.consoles import Consoles, complain
 from onelxc.root.events import Gone, Started, Watcher
 from onelxc.root.hub import LOG, PID, START, make_run_directory, private, program
+from onelxc.root.keeper import Keeper
 
 SEEN = os.path.join(RUN, "hub.seen")
 LOG_LIMIT = 256 * 1024
 IDLE_S = 60.0
 EXPIRE_EACH_S = 600.0
-REFRESHES_AT_ONCE = 8
+WORKERS_AT_ONCE = 8
 """So many that those of containers which make theirs wait hold up nobody else's."""
 
 
@@ -47,8 +49,10 @@ class Hub:
         self._running = _read_seen()
         self._watcher = Watcher(self._deliver, self._running)
         self._consoles = Consoles(self._watcher.again, log_limit)
-        self._waiting: deque[int] = deque()
-        self._refreshing: dict[int, subprocess.Popen[bytes]] = {}
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._keeper = Keeper(self._wanted.put)
+        self._waiting: deque[tuple[str, int]] = deque()
+        self._working: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         self._stopped = False
         self._ready = False
         self._busy_at = time.monotonic()
@@ -66,11 +70,12 @@ class Hub:
         """Until stopped, or idle for as long as it was told."""
         self._running = {}
         self._watcher.start()
+        self._keeper.start()
         try:
             while not self._stopped:
                 self._consoles.turn(0.5)
                 self._take_events()
-                self._refresh()
+                self._work()
                 self._housekeeping()
         finally:
             self._consoles.close()
@@ -85,8 +90,8 @@ class Hub:
                 self._consoles.gone(event.vm_id)
                 continue
             self._running[event.vm_id] = event.domain_id
-            if event.rebooted and event.vm_id not in self._waiting:
-                self._waiting.append(event.vm_id)
+            if event.rebooted:
+                self._wait("refresh", event.vm_id)
             if event.pty >= 0:
                 try:
                     self._consoles.open(event.vm_id, event.pty)
@@ -95,26 +100,33 @@ class Hub:
         if changed:
             _write_seen(self._running)
 
-    def _refresh(self) -> None:
-        for vm_id, process in list(self._refreshing.items()):
+    def _wait(self, verb: str, vm_id: int) -> None:
+        if (verb, vm_id) not in self._waiting:
+            self._waiting.append((verb, vm_id))
+
+    def _work(self) -> None:
+        while not self._wanted.empty():
+            self._wait("attend", self._wanted.get())
+        for (verb, vm_id), process in list(self._working.items()):
             if process.poll() is not None:
-                del self._refreshing[vm_id]
+                del self._working[verb, vm_id]
                 if process.returncode:
-                    complain(f"{deploy_id(vm_id)}: refresh after a reboot ended with {process.returncode}")
-        while self._waiting and len(self._refreshing) < REFRESHES_AT_ONCE:
-            ready = next((vm_id for vm_id in self._waiting if vm_id not in self._refreshing), None)
+                    complain(f"{deploy_id(vm_id)}: {verb} ended with {process.returncode}")
+        while self._waiting and len(self._working) < WORKERS_AT_ONCE:
+            ready = next((one for one in self._waiting if one not in self._working), None)
             if ready is None:
                 return
             self._waiting.remove(ready)
+            verb, vm_id = ready
             try:
-                self._refreshing[ready] = subprocess.Popen(
-                    [sys.executable, "-I", program("onelxc-root"), "refresh", deploy_id(ready)],
+                self._working[ready] = subprocess.Popen(
+                    [sys.executable, "-I", program("onelxc-root"), verb, deploy_id(vm_id)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=dict(command.ENVIRONMENT),
                 )
             except (OSError, HelperError) as error:
-                complain(f"{deploy_id(ready)}: refresh after a reboot: {error}")
+                complain(f"{deploy_id(vm_id)}: {verb}: {error}")
 
     def _housekeeping(self) -> None:
         now = time.monotonic()
@@ -126,7 +138,7 @@ class Hub:
             self._expired_at = now
             consolelog.expire()
         _bound_own_log()
-        if self._running or len(self._consoles) or self._refreshing or self._waiting or not self._ready:
+        if self._running or len(self._consoles) or self._working or self._waiting or not self._ready:
             self._busy_at = now
         elif now - self._busy_at > self._idle_s and _may_end(self._idle_s):
             self._stopped = True

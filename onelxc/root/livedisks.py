@@ -15,7 +15,7 @@ from typing import Any
 from onelxc import model, wire
 from onelxc.errors import NoSuchDomainError, NotSupportedError, StorageError
 from onelxc.model import Disk, IoLimits, Mount, Vm
-from onelxc.root import inside, iolimits, leaving, mounts, orphans, prepare, record, release, syscalls, validate
+from onelxc.root import inside, iolimits, leases, leaving, mounts, orphans, prepare, record, release, syscalls, validate
 from onelxc.root.record import Record
 from onelxc.root.work import Work
 
@@ -134,7 +134,8 @@ def _give_back(work: Work, disk: Disk | None, source: str) -> None:
         ceph = entry.kind == "rbd" and disk is not None and disk.path == f"rbd:{entry.what.get('image')}"
         shown = entry.kind == "shown" and entry.what.get("source") == source
         volume = entry.kind == "volume" and entry.what.get("path") == real
-        if mine or file or volume or ceph or shown:
+        lease = disk is not None and entry.kind == leases.KIND and entry.what.get("disk") == disk.disk_id
+        if mine or file or volume or ceph or shown or lease:
             release.give_back(work, entry)
 
 

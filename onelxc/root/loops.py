@@ -17,7 +17,7 @@ from onelxc.errors import StorageError
 from onelxc.root import iocounters
 
 _LOOP_CONFIGURE, _LOOP_SET_CAPACITY, _LOOP_CTL_GET_FREE, _LOOP_CLR_FD = 0x4C0A, 0x4C07, 0x4C82, 0x4C01
-_LOOP_SET_DIRECT_IO = 0x4C08
+_LOOP_SET_DIRECT_IO, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C08, 0x4C04, 0x4C05
 _READ_ONLY, _AUTOCLEAR = 1, 4
 _TRIES = 200
 
@@ -152,6 +152,24 @@ def refresh(device: str) -> None:
         os.close(fd)
 
 
+def cut_off(device: str) -> None:
+    """Make a device that is in use too short for what is mounted from it: whatever is read or written then fails."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        buffer = bytearray(bytes(_LoopInfo()))
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, buffer, True)
+        info = _LoopInfo.from_buffer(buffer)
+        info.lo_sizelimit = 512
+        fcntl.ioctl(fd, _LOOP_SET_STATUS64, bytes(info))
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
 def backing_identity(device: str) -> tuple[int, int] | None:
     """(st_dev, st_ino) of the file behind a loop device, None if it has none. The kernel's word, not a name."""
     info = _LoopInfo()
@@ -161,7 +179,7 @@ def backing_identity(device: str) -> tuple[int, int] | None:
         return None
     try:
         buffer = bytearray(bytes(info))
-        fcntl.ioctl(fd, 0x4C05, buffer, True)  # LOOP_GET_STATUS64
+        fcntl.ioctl(fd, _LOOP_GET_STATUS64, buffer, True)
         info = _LoopInfo.from_buffer(buffer)
         return _decode_device(info.lo_device), int(info.lo_inode)
     except OSError:

@@ -22,10 +22,13 @@ from onelxc.root import (
     consolelog,
     context,
     filesystems,
+    holders,
     hub,
     importer,
+    leases,
     loops,
     mounts,
+    neighbours,
     nics,
     qcow2,
     rawview,
@@ -49,9 +52,11 @@ def verb(work: Work, request: dict[str, Any]) -> Any:
     vm = validate.vm(request.get("vm"), work.vm_id, work.config)
     for nic in vm.nics:
         nics.check(work.vm_id, nic)
+    neighbours.check(work, vm)
     hub.ensure_running()
     prepared = prepare(work, vm)
     record.stage(work, nics.resolved(vm, prepared.switches), prepared)
+    neighbours.check(work, vm)
     consolelog.begin(work.vm_id)
     work.journal.take("domain")  # from here on the caller may start it
     return model.to_json(prepared)
@@ -179,6 +184,8 @@ def _open_mount(work: Work, disk: Disk, init: str | None) -> mounts.Detached:
 
 def _open_disk(work: Work, disk: Disk, init: str | None) -> int:
     """A descriptor of the disk's raw bytes: a file or a block device. What it takes is in the journal."""
+    if not disk.read_only:
+        leases.take(work, disk)
     if disk.path.startswith(rbd.PREFIX):
         return rbd.open_image(work, disk)
     with validate.find(disk.path, work.config) as found:
@@ -193,6 +200,9 @@ def _open_disk(work: Work, disk: Disk, init: str | None) -> int:
 def open_image(work: Work, found: validate.Found, disk: Disk) -> int:
     """A descriptor of an image's raw bytes for the loop device; the image is in the journal from here on."""
     status = found.status
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and not disk.read_only:
+        # a lease lies beside one name of the image, and this is another
+        holders.refuse_used(disk.path, {(status.st_dev, status.st_ino)})
     if stat.S_ISREG(status.st_mode):
         work.journal.take("loop", path=found.real, dev=status.st_dev, ino=status.st_ino)
     if stat.S_ISBLK(status.st_mode):
@@ -200,7 +210,7 @@ def open_image(work: Work, found: validate.Found, disk: Disk) -> int:
     fd = found.open(os.O_RDONLY if disk.read_only else os.O_RDWR)
     if stat.S_ISREG(status.st_mode) and qcow2.is_qcow2(fd):
         os.close(fd)
-        return qcow2.export(work, found, source=disk.source, read_only=disk.read_only)
+        return qcow2.export(work, found, disk)
     return fd
 
 

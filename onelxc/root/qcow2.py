@@ -12,6 +12,7 @@ import struct
 from typing import Any
 
 from onelxc.errors import StorageError
+from onelxc.model import Disk
 from onelxc.root import rawview, validate
 from onelxc.root.work import Work
 
@@ -27,9 +28,10 @@ def is_qcow2(fd: int) -> bool:
     return os.pread(fd, 4, 0) == _MAGIC
 
 
-def export(work: Work, found: validate.Found, *, source: str, read_only: bool) -> int:
-    """A descriptor of a raw view of the image `found`, a disk made from `source` (DISK/SOURCE): see `rawview.show`."""
-    layers = _chain(work, found, source, read_only)
+def export(work: Work, found: validate.Found, disk: Disk) -> int:
+    """A descriptor of a raw view of the image `found` of a disk: see `rawview.show`."""
+    read_only = disk.read_only
+    layers = _chain(work, found, disk)
     try:
         nodes = []
         for number in reversed(range(len(layers))):
@@ -55,11 +57,11 @@ def _name(number: int) -> str:
     return f"layer{number}" if number else rawview.TOP
 
 
-def _chain(work: Work, top: validate.Found, source: str, read_only: bool) -> list[tuple[int, str]]:
+def _chain(work: Work, top: validate.Found, disk: Disk) -> list[tuple[int, str]]:
     """(descriptor, format) of the image and of each file behind it."""
     layers: list[tuple[int, str]] = []
     try:
-        layers.append((top.open(os.O_RDONLY if read_only else os.O_RDWR), "qcow2"))
+        layers.append((top.open(os.O_RDONLY if disk.read_only else os.O_RDWR), "qcow2"))
         real = top.real
         while layers[-1][1] == "qcow2":
             backing, form = _header(layers[-1][0], top.path)
@@ -68,7 +70,7 @@ def _chain(work: Work, top: validate.Found, source: str, read_only: bool) -> lis
             if len(layers) >= _LAYERS:
                 raise StorageError(f"Cannot open {top.path} as qcow2: more than {_LAYERS} images lie behind it")
             with validate.find(os.path.join(os.path.dirname(real), backing), work.config) as below:
-                if not _belongs(below.real, top.path, source):
+                if not _belongs(below.real, disk):
                     raise StorageError(
                         f"Cannot open {top.path} as qcow2: the image behind it ({backing}) is neither the VM's own nor"
                         " the one that the disk was made from"
@@ -82,16 +84,19 @@ def _chain(work: Work, top: validate.Found, source: str, read_only: bool) -> lis
     return layers
 
 
-def _belongs(real: str, disk: str, source: str) -> bool:
+def _belongs(real: str, disk: Disk) -> bool:
     """Whether a file may lie behind a disk: in the VM's own directory, or DISK/SOURCE with its snapshots.
 
     Who uploads an image writes its header, and other people's images lie in the same datastores. SOURCE is a path on
-    the front-end, whose last two components (datastore and image) are the same on every host.
+    the front-end, whose last two components (datastore and image) are the same on every host. Where its user wrote
+    SOURCE, all of it has to be the same: the transfer manager gave him that image already.
     """
-    if real.startswith(os.path.realpath(os.path.dirname(disk)) + "/"):
+    if real.startswith(os.path.realpath(os.path.dirname(disk.path)) + "/"):
         return True
-    image = real.partition(".snap/")[0].split("/")[-2:]
-    return len(image) == 2 and image == os.path.normpath(source).split("/")[-2:]
+    image, source = real.partition(".snap/")[0].split("/"), os.path.normpath(disk.source).split("/")
+    if not disk.registered:
+        return disk.kind == "image" and bool(disk.source) and image == os.path.realpath(disk.source).split("/")
+    return len(image) >= 2 and image[-2:] == source[-2:]
 
 
 def _header(fd: int, name: str) -> tuple[str, str]:

@@ -148,6 +148,15 @@ def give_back(work: Work, what: dict[str, Any]) -> None:
             os.unlink(path)
 
 
+def kill(entries: Iterable[Entry]) -> None:
+    """End the daemons of these images (what a VM's journal holds) without letting them write what they keep back."""
+    for entry in entries:
+        if entry.kind == "qcow2":
+            for pid in _pids(str(entry.what.get("path"))):
+                orphans.kill(pid)
+    fail_lost(entries)
+
+
 def fail_lost(entries: Iterable[Entry]) -> bool:
     """Whether one of these images (what a VM's journal holds) has lost its daemon. Requests that wait for its answer
     fail then: who waits for a disk cannot be ended.

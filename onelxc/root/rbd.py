@@ -18,6 +18,7 @@ from onelxc.root.work import Work
 
 PREFIX = "rbd:"
 _IMAGE = re.compile(r"[A-Za-z0-9_.][\w.-]*/[A-Za-z0-9_.][\w.-]*(@[\w.-]+)?\Z", re.ASCII)
+_MADE_FOR = re.compile(r"one-(?:sys|[0-9]+)-([0-9]+-[0-9]+)\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
 _CONFIGURATION = re.compile(r"/etc/ceph/[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
 _MAP_S = 120.0
@@ -29,6 +30,7 @@ def open_image(work: Work, disk: Disk) -> int:
     options = _options(disk)
     if not _IMAGE.match(image):
         raise StorageError(f"Cannot map {disk.path}: not `pool/image`")
+    _refuse_others(disk, work.vm_id)
     work.journal.take("rbd", image=image, options=options)
     device = _mapped(image, options)
     if device is None:
@@ -42,6 +44,17 @@ def open_image(work: Work, disk: Disk) -> int:
         os.close(fd)
         raise StorageError(f"Cannot open {device}, the Ceph image {image}: it is no block device")
     return fd
+
+
+def _refuse_others(disk: Disk, vm_id: int) -> None:
+    """A volatile disk has a name of its own; what was made for one disk is no other's (src/tm_mad/ceph)."""
+    own = f"{vm_id}-{disk.disk_id}"
+    name = disk.path.rpartition("/")[2].partition("@")[0]
+    made_for = _MADE_FOR.match(name)
+    if disk.kind != "image" and name != f"one-sys-{own}":
+        raise StorageError(f"Cannot map {disk.path}: the volatile disk {disk.disk_id} of VM {vm_id} is one-sys-{own}")
+    if made_for is not None and made_for.group(1) != own:
+        raise StorageError(f"Cannot map {disk.path}: it was made for another disk than {disk.disk_id} of VM {vm_id}")
 
 
 def resize(disk: Disk, size_mb: int) -> None:

@@ -9,7 +9,8 @@ when the reboot is over. Dead are:
 * what libvirt has lost: zombies, and processes whose controller has died;
 * containers whose root image was deleted under them: `onevm delete` of 3.2.1 sends no cancel after a poll that said
   paused or failed;
-* what a killed helper had begun.
+* what a killed helper had begun;
+* a container whose disks another host has, and a suspended one whose disks another host wants, or whose VM was deleted.
 
 VMs on which an action works just now are left to it. Containers that are not ours are not even looked at.
 """
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from onelxc import errors, names
 from onelxc.errors import HypervisorError, OneLxcError
 from onelxc.model import STATE, VmPaths
-from onelxc.root import cgroups, freezer, holders, hub, lock, orphans, rawview, record, release
+from onelxc.root import cgroups, fence, freezer, holders, hub, leases, lock, orphans, rawview, record, release
 from onelxc.root.journal import Entry, Journal
+from onelxc.root.leases import State
 from onelxc.root.work import Work
 
 if TYPE_CHECKING:
@@ -84,7 +86,9 @@ def _look(vm_id: int, groups: list[cgroups.Group], lost: bool, config: HostConfi
     entries = Journal(VmPaths(vm_id).journal, "reap").held()
     rawview.fail_lost(entries)
     unfinished = _left_unfinished(vm_id, entries)
-    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and not unfinished:
+    leased = leases.state(vm_id, entries, config) not in (State.LOST, State.WANTED)
+    settled = leased and not unfinished and not leases.is_suspended(vm_id)
+    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and settled:
         return _live_state(vm_id, groups)
     return _settle(vm_id, lost, config, log)
 
@@ -123,6 +127,8 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
         groups = list(cgroups.groups(vm_id))
         deployed = os.path.exists(work.paths.record) and not (lost and vm_id in holders.lost_roots())
         if deployed and (_controlled(groups) or _runs_again(vm_id)):
+            if fence.attend(work):
+                return OFF
             return _live_state(vm_id, list(cgroups.groups(vm_id)))
         log(f"releasing VM {vm_id}: " + ("its image was deleted" if lost else "it has ended"))
         release.everything(work)

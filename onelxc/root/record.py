@@ -106,27 +106,6 @@ def publish(work: Work) -> None:
         work.journal.gave_back(entry.number)
 
 
-def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: `{"ours": bool, "vm": …, "prepared": …, "paused": why or "", "lost": bool}`.
-
-    "lost": the root image was deleted under the container, so that what runs is not what OpenNebula means any more.
-    """
-    from onelxc.root import holders
-
-    try:
-        found = read(work.vm_id)
-    except StorageError as error:
-        work.log(str(error))  # it can still be ended
-        found = None
-    return {
-        "ours": found is not None or os.path.exists(work.paths.state),
-        "vm": model.to_json(found.vm) if found else None,
-        "prepared": model.to_json(found.prepared) if found else None,
-        "paused": paused(work.vm_id),
-        "lost": work.vm_id in holders.lost_roots(),
-    }
-
-
 def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"cpu": cores, "vcpu": n, "memory_kib": n}`, written down for the commit that says they are so."""
     found = read(work.vm_id)

@@ -23,8 +23,10 @@ from onelxc.root import (
     execution,
     flushing,
     holders,
+    leases,
     leaving,
     mounts,
+    neighbours,
     orphans,
     rawview,
     rbd,
@@ -32,6 +34,7 @@ from onelxc.root import (
     validate,
     volumes,
 )
+from onelxc.root.cutting import cut_off
 from onelxc.root.journal import Entry
 from onelxc.root.work import Work
 
@@ -60,6 +63,9 @@ def everything(work: Work) -> None:
     images = _images(work, entries)
     steps = _Steps()
     first = work.config.first_id(work.vm_id)
+    lost = leases.is_lost(work.vm_id, entries, work.config)
+    if lost:
+        cut_off(work)
     steps.run(lambda: flushing.thaw(work.paths))
     rawview.fail_lost(entries)
     steps.run(lambda: orphans.end(work.vm_id))
@@ -68,12 +74,15 @@ def everything(work: Work) -> None:
     steps.run(lambda: _stop_vnc(work.vm_id))
     steps.run(lambda: remove_network_devices(work.vm_id))
     steps.run(lambda: _remove_ports(work))
-    steps.run(lambda: unmount_all(work))
+    steps.run(lambda: unmount_all(work, flush=not lost))
     for entry in entries:
-        if entry.kind not in _BY_THE_KERNEL:
+        if entry.kind not in (*_BY_THE_KERNEL, *_LAST):
             steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
     holders.wait_until_free(work, images, [])
+    for entry in entries:
+        if entry.kind in _LAST:
+            give_back(work, entry)
     _remove_directories(work)
     work.journal.clear()
     shutil.rmtree(work.paths.state, ignore_errors=True)
@@ -81,8 +90,9 @@ def everything(work: Work) -> None:
 
 def _stop_vnc(vm_id: int) -> None:
     found = record.legible(vm_id)
-    if found is not None and found.vm.graphics is not None:
-        vnc.stop(found.vm.graphics.port)
+    graphics = found.vm.graphics if found is not None else None
+    if graphics is not None and not neighbours.port_is_anothers(vm_id, graphics.port):
+        vnc.stop(graphics.port)
 
 
 def undo(work: Work) -> None:
@@ -203,12 +213,16 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "tree": _by("onelxc.root.snapshots", "remove_tree"),  # path of an unfinished snapshot
     "still": _by("onelxc.root.snapshots", "go_on"),
     "revert": _by("onelxc.root.snapshots", "finish"),  # files: [copy, disk]
+    leases.KIND: leases.give_back,  # path, token, disk
+    leases.TRYING: leases.give_back,  # path, token, disk
 }
 """How each kind of journal entry is given back, and what its data are."""
 
 
 _BY_THE_KERNEL = ("mount", "loop", "domain", "record")
 """Kinds that a whole release finds by itself, whatever the journal says."""
+_LAST = (leases.KIND, leases.TRYING)
+"""Kinds that are given back when nothing holds the images any more."""
 
 
 def _images(work: Work, entries: list[Entry]) -> set[tuple[int, int]]:
@@ -254,11 +268,12 @@ def _is_veth(device: str) -> bool:
         return False
 
 
-def unmount_all(work: Work) -> None:
+def unmount_all(work: Work, *, flush: bool = True) -> None:
     """Everything below the VM's directory of mounts, deepest first, written out before."""
     steps = _Steps()
     for point in reversed(mounts.mounted_below(work.paths.mounts)):
-        steps.run(lambda: _flush(work, point))  # noqa: B023
+        if flush:
+            steps.run(lambda: _flush(work, point))  # noqa: B023
         steps.run(lambda: unmount(work, point))  # noqa: B023
     steps.finish()
 

@@ -6,10 +6,11 @@ the same on every architecture; older ones go through libc's own wrappers.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,6 +42,7 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _CLOEXEC = 1
 _OPENAT2_TRIES = 1000
 
+_PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 2, 3, 4
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 1, 38, 24, 47
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -266,3 +268,25 @@ def keep_capabilities(keep: tuple[int, ...]) -> None:
         raise _failed("capabilities")
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0) != 0:
         raise _failed("no_new_privs")
+
+
+@contextlib.contextmanager
+def file_ids(uid: int, gid: int) -> Iterator[None]:
+    """With the rights of another user on files, in this thread: setfsuid(2). The kernel takes a change of ids as a
+    reason to forget two things of the process, which are put back.
+    """
+    parent, dumpable = os.getppid(), _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+    signal_number = ctypes.c_int(0)
+    _libc.prctl(_PR_GET_PDEATHSIG, ctypes.byref(signal_number), 0, 0, 0)
+    group = _libc.setfsgid(ctypes.c_uint(gid))
+    user = _libc.setfsuid(ctypes.c_uint(uid))
+    try:
+        yield
+    finally:
+        _libc.setfsuid(ctypes.c_uint(user))
+        _libc.setfsgid(ctypes.c_uint(group))
+        _libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(dumpable == 1), 0, 0, 0)
+        if signal_number.value:
+            die_with_parent(signal_number.value)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal_number.value)

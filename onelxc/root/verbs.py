@@ -28,7 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "reconfigure": ("onelxc.root.reconfigure", "verb"),
     "resize": ("onelxc.root.record", "resize"),
     "console": ("onelxc.root.consolelog", "verb"),
-    "record": ("onelxc.root.record", "verb"),
+    "record": ("onelxc.root.known", "verb"),
     "new_nic": ("onelxc.root.network", "new_nic"),
     "attach_nic": ("onelxc.root.network", "attach_nic"),
     "old_nic": ("onelxc.root.network", "old_nic"),

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from onelxc.root import filesystems, loops
+from onelxc import config
+from onelxc.errors import StorageError
+from onelxc.model import Disk
+from onelxc.root import filesystems, loops, rbd
+from onelxc.root.journal import Journal
+from onelxc.root.work import Work
 from tests.node.test_life import configured
 from tests.support import images, machine
 from tests.support.diskimages import BEFORE_ALL, BETWEEN, LAST, empty, filled, mounted, partitioned, sh
@@ -329,7 +334,7 @@ def ceph() -> Iterator[Path]:
     shutil.rmtree(cluster)
 
 
-CEPH = {"TYPE": "RBD", "DISK_TYPE": "RBD", "CLONE": "YES", "CEPH_USER": "libvirt"}
+CEPH = {"TYPE": "RBD", "DISK_TYPE": "RBD", "IMAGE_ID": 7, "CLONE": "YES", "CEPH_USER": "libvirt"}
 
 
 def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path, ceph: Path) -> None:
@@ -351,6 +356,31 @@ def test_ceph_images_are_mapped_and_unmapped(vm: NewVm, tree: Path, ceph: Path) 
     assert "No such file or directory" in one.driver.message(one.deploy())
     one.disks[0]["CEPH_CONF"] = "/tmp/mine.conf"
     assert "has to lie in /etc/ceph" in one.driver.message(one.deploy())
+
+
+def test_a_source_of_a_users_own_opens_nothing_behind_a_qcow2(vm: NewVm, tree: Path, tmp_path: Path) -> None:
+    """In 3.2 users write SOURCE: a file of theirs may be called as the image of somebody else, in a like directory."""
+    one = vm(None)
+    store = Path("/var/lib/one/datastores/1")
+    store.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copy(filled(tmp_path / "foreign", tree, "ext4", 64), store / "foreign")
+        put_upon(one, store / "foreign")
+        one.disks.append({"DISK_ID": 0, "TARGET": "sda", "FORMAT": "qcow2", "SOURCE": "/srv/mallory/1/foreign"})
+        assert "is neither the VM's own" in one.driver.message(one.deploy())
+        one.disks[0]["IMAGE_ID"] = "1x"
+        assert "is neither the VM's own" in one.driver.message(one.deploy())
+    finally:
+        shutil.rmtree(store)
+
+
+def test_the_helper_maps_no_image_that_was_made_for_another_disk(tmp_path: Path, ceph: Path) -> None:
+    """Whatever an executable makes of a template."""
+    work = Work(24, "deploy", Journal(str(tmp_path / "journal"), "deploy"), config.HostConfig(), lambda _text: None)
+    for kind, name in [("fs", "one-7"), ("fs", "one-sys-24-2"), ("image", "one-sys-25-1"), ("image", "one-7-25-1")]:
+        with pytest.raises(StorageError, match=r"is one-sys-24-1|made for another disk"):
+            rbd.open_image(work, Disk(disk_id=1, path=f"rbd:one/{name}", kind=kind))
+    assert (ceph / "mapped").read_text() == ""
 
 
 @pytest.mark.generation(MONITORD)

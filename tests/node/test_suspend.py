@@ -10,7 +10,7 @@ import pytest
 
 from onelxc import rootclient
 from tests.support import machine
-from tests.support.vms import MONITORD, Vm
+from tests.support.vms import MONITORD, PULL, Vm
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.generation(MONITORD)
@@ -144,7 +144,7 @@ def test_stop_is_refused_and_it_goes_on(one: Vm) -> None:
     assert outcome.code == 1
     assert outcome.message == (
         f"Cannot save VM {one.vm_id}: a container's memory cannot be written to a file;"
-        " power it off, and stop, undeploy or migrate it then"
+        " power it off, and undeploy or migrate it then"
     )
     goes_on(one)
 
@@ -157,6 +157,29 @@ def test_a_suspended_one_that_died_starts_anew_from_its_disks(one: Vm) -> None:
     resume(one)
     one.booted(2)
     assert one.inside("cat /root/kept") == "kept\n"
+
+
+@pytest.mark.parametrize("lcm_state", [22, 48, 35, 37])
+def test_one_that_was_stopped_or_moved_starts_anew_from_its_disks(one: Vm, lcm_state: int) -> None:
+    """`onevm stop` of a suspended VM asks no driver; what was frozen here is ended first."""
+    one.inside("echo kept > /root/kept")
+    suspend(one)
+    stdin = one.action_xml(lcm_state=lcm_state)
+    one.driver("restore", one.path("checkpoint"), "node1", one.name, one.vm_id, "node1", stdin=stdin).ok()
+    one.booted(2)
+    assert one.inside("cat /root/kept") == "kept\n"
+
+
+@pytest.mark.generation(PULL)
+def test_in_3_2_no_advice_costs_a_disk(vm: NewVm) -> None:
+    """What is deleted or resubmitted there is gone, and so is what is shut down."""
+    one = vm()
+    restore = one.driver("restore", one.path("checkpoint"), "node1", one.vm_id, "node1")
+    assert f"they lie in {one.directory}: copy them before" in one.driver.message(restore)
+    for action, argv in (("save", (one.path("checkpoint"),)), ("migrate", ("node2", "node1"))):
+        outcome = one.driver(action, one.name, *argv, "node1", one.vm_id, "node1")
+        assert "keeps only persistent disks and those with SAVE=yes" in one.driver.message(outcome)
+    assert os.path.exists(one.path("disk.0"))
 
 
 def test_the_shims_hold_it_still_while_opennebula_copies_its_disks(one: Vm) -> None:

@@ -85,6 +85,30 @@ def test_a_container_that_powers_itself_off_frees_the_port(vm: NewVm, server: No
     view().close()
 
 
+def test_two_vms_do_not_show_their_consoles_on_one_port(vm: NewVm, server: None) -> None:
+    one = with_vnc(vm).deployed().booted()
+    two = with_vnc(vm, LISTEN="127.0.0.1")
+    outcome = two.deploy()
+    assert outcome.code == 1
+    assert f"VM {one.vm_id} has port {PORT}" in two.driver.message(outcome)
+    two.act("cancel").ok()
+    viewer = view()
+    read_until(viewer, b"leaves.")
+    machine.inside(one.name, "echo SAID > /dev/console")
+    read_until(viewer, b"SAID")
+
+
+def test_a_port_of_the_hosts_own_stays_the_hosts(vm: NewVm, server: None) -> None:
+    with socket.socket() as service:
+        service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        service.bind(("127.0.0.1", PORT))
+        service.listen()
+        said: list[str] = []
+        vnc.start(7, Graphics(PORT), said.append)
+        assert said == [f"no VNC: port {PORT}: Address already in use"]
+        with_vnc(vm).deployed()
+
+
 @pytest.mark.parametrize("password", ["x\n6000 - /bin/sh", "two words", "-", "ö", "x" * 300])
 def test_a_password_does_not_become_a_command(server: None, password: str) -> None:
     said: list[str] = []

@@ -16,7 +16,7 @@ from onelxc.errors import NotSupportedError, OneLxcError, TemplateError
 from onelxc.model import Bandwidth, Graphics, IoLimits, Nic, Vm
 from onelxc.template import Policy
 from tests.support import captures
-from tests.support.templates import pull_template
+from tests.support.templates import pull_template, vm_xml
 
 DISK = {"DISK_ID": 0, "SOURCE": "/images/rootfs.tar"}
 NIC = {"BRIDGE": "br0", "IP": "10.0.0.5", "MAC": "02:00:0a:00:00:05"}
@@ -285,7 +285,7 @@ def test_disks() -> None:
 
 @pytest.mark.parametrize(("clone", "path"), [("YES", "rbd:one/one-3-24-0"), ("NO", "rbd:one/one-3")])
 def test_ceph(clone: str, path: str) -> None:
-    ceph = {"DISK_ID": 0, "DISK_TYPE": "RBD", "SOURCE": "one/one-3", "CLONE": clone, "CEPH_USER": "libvirt"}
+    ceph = {"DISK_ID": 0, "TYPE": "RBD", "IMAGE_ID": 3, "SOURCE": "one/one-3", "CLONE": clone, "CEPH_USER": "libvirt"}
     disk = vm(DISK=ceph).root_disk
     assert (disk.path, disk.ceph_user) == (path, "libvirt")
 
@@ -295,6 +295,63 @@ def test_a_volatile_disk_on_ceph(said: dict[str, object], pool: str) -> None:
     root = {"DISK_ID": 0, "SOURCE": "x"}
     volatile = {"DISK_ID": 1, "TYPE": "fs", "FORMAT": "raw", "FS": "ext4", "DISK_TYPE": "RBD", **said}
     assert vm(DISK=[root, volatile]).data_disks[0].path == f"rbd:{pool}/one-sys-24-1"
+
+
+OTHERS = {
+    "SOURCE": "one/one-7",
+    "CLONE": "NO",
+    "IMAGE_ID": 7,
+    "CEPH_USER": "admin",
+    "CEPH_CONF": "/etc/ceph/b.conf",
+}
+
+
+@pytest.mark.parametrize("kind", ["fs", "FS", "swap"])
+@pytest.mark.parametrize("clone", ["YES", "NO"])
+def test_a_volatile_disk_is_its_own_whatever_its_user_writes(kind: str, clone: str) -> None:
+    volatile = {"DISK_ID": 1, "TYPE": kind, "SIZE": 10, "FORMAT": "raw", "DISK_TYPE": "RBD", **OTHERS, "CLONE": clone}
+    disk = next(one for one in vm(DISK=[DISK, volatile]).disks if one.disk_id == 1)
+    assert disk.path == "rbd:one/one-sys-24-1"
+    assert not disk.source
+    assert not disk.registered
+
+
+@pytest.mark.parametrize(("tm_mad", "path"), [("ceph", "rbd:one/one-sys-24-1"), ("ssh", "/one/24/images/disk.1")])
+@pytest.mark.parametrize("claimed", ["RBD", "FILE", ""])
+def test_the_system_datastore_says_where_a_volatile_disk_is(tm_mad: str, path: str, claimed: str) -> None:
+    volatile = {"DISK_ID": 1, "TYPE": "fs", "SIZE": 10, "FORMAT": "raw", "DISK_TYPE": claimed, **OTHERS}
+    xml = vm_xml(
+        24, {"MEMORY": 64, "DISK": [DISK, volatile]}, name="x", deploy_id="", host="h", user_template={}, state=3,
+        lcm_state=2, ds_id=0,
+    ).replace("<![CDATA[ssh]]>", tm_mad)  # fmt: skip
+    disk = template.parse(xml.encode(), 24, "/one/24/images", Policy()).data_disks[0]
+    assert (disk.path, disk.source) == (path, "")
+    assert (disk.ceph_user, disk.ceph_conf) == (("admin", "/etc/ceph/b.conf") if tm_mad == "ceph" else ("", ""))
+
+
+@pytest.mark.parametrize("number", ["", "x", "5x", "-1", "99999999999"])
+@pytest.mark.parametrize("kind", ["RBD", "rbd", "RBD_CDROM"])
+def test_a_ceph_image_that_is_no_image_of_opennebulas_is_refused(kind: str, number: str) -> None:
+    said = {"DISK_ID": 0, "TYPE": kind, "SOURCE": "one/one-7", "CLONE": "NO", "IMAGE_ID": number}
+    assert "this disk is made from none" in wrong(DISK=said)
+
+
+@pytest.mark.parametrize("said", [{"DISK_TYPE": "RBD"}, {"DISK_TYPE": "RBD", "CLONE": "NO", "TYPE": "FILE"}])
+def test_only_opennebulas_own_word_makes_an_image_one_of_ceph(said: dict[str, object]) -> None:
+    disk = vm(DISK={"DISK_ID": 0, "IMAGE_ID": 7, "SOURCE": "one/one-7", **said}).root_disk
+    assert disk.path == "/one/24/images/disk.0"
+
+
+def test_a_ceph_cdrom_is_read_only() -> None:
+    said = {"DISK_ID": 1, "TYPE": "RBD_CDROM", "IMAGE_ID": 7, "SOURCE": "one/one-7", "CLONE": "NO"}
+    assert vm(DISK=[DISK, said]).data_disks[0].read_only
+
+
+@pytest.mark.parametrize("port", ["22", "1023", "-1", "0"])
+def test_a_viewer_that_cannot_listen_is_left_out(port: str) -> None:
+    got = vm(GRAPHICS={"TYPE": "vnc", "PORT": port})
+    assert got.graphics is None
+    assert any(note.startswith("GRAPHICS") for note in got.notes)
 
 
 def test_context_is_the_disk_after_the_last_one() -> None:
