@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from onelxc import kernelfile
 
+_GROUPS = 500
+
 
 class Groups(NamedTuple):
     """The directories of one process. `unified` is "" on version 1; `separate` has a directory for each controller."""
@@ -122,7 +124,21 @@ def tasks(groups: Groups) -> int:
     # libvirt uses no pids controller on version 1; a privileged systemd makes groups of its own below
     top = groups.unified or groups.separate.get("cpuacct", "")
     file = "cgroup.threads" if groups.unified else "tasks"
-    return sum(len(kernelfile.text(f"{path}/{file}").split()) for path, _, _ in os.walk(top)) if top else 0
+    return sum(len(kernelfile.text(f"{path}/{file}").split()) for path in _below(top)) if top else 0
+
+
+def _below(top: str) -> list[str]:
+    """A group and those below it, of which a tenant may make as many, and as deep, as he likes: the first."""
+    found = [top]
+    for path in found:
+        try:
+            with os.scandir(path) as entries:
+                found += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+        if len(found) > _GROUPS:
+            break
+    return found[:_GROUPS]
 
 
 def frozen(groups: Groups) -> bool:

@@ -46,14 +46,16 @@ def running(root: str = "") -> list[Container]:
     for entry in entries:
         name, suffix = os.path.splitext(entry)
         controller = kernelfile.number(f"{directory}/{entry}") if suffix == ".pid" else None
-        if controller and _is_controller_of(name, f"{root}/proc/{controller}/cmdline"):
+        if controller and _is_controller_of(name, controller, root):
             found.append(Container(name, controller))
     return found
 
 
-def _is_controller_of(name: str, cmdline: str) -> bool:
+def _is_controller_of(name: str, pid: int, root: str) -> bool:
     """Whether it is still `libvirt_lxc --name NAME …` and not another process with a number used again."""
-    arguments = kernelfile.text(cmdline).split("\0")
+    if not kernelfile.is_the_hosts(pid, root):
+        return False
+    arguments = kernelfile.text(f"{root}/proc/{pid}/cmdline").split("\0")
     return arguments[0].endswith("libvirt_lxc") and name in arguments
 
 

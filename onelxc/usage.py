@@ -12,6 +12,9 @@ from typing import NamedTuple
 from onelxc import cgroup, containers, kernelfile, names, samples
 from onelxc.containers import Container
 
+_NET_BYTES = 256 << 10
+_ADDRESSES = 32
+
 
 class Net(NamedTuple):
     """Bytes, as the guest sees them."""
@@ -99,23 +102,25 @@ class Readings:
 
 
 def addresses(container: Container, root: str = "") -> tuple[str, ...]:
-    """The guest's addresses, IPv4 first, without loopback and link-local ones: /proc/PID/net is open to everybody."""
+    """The guest's addresses, IPv4 first, without loopback and link-local ones: /proc/PID/net is open to everybody. It
+    may have a million: the first are told.
+    """
     init = containers.init_of(container, root)
     if init is None:
         return ()
     found: dict[str, None] = {}
     address = ""
-    for line in kernelfile.text(f"{root}/proc/{init}/net/fib_trie").splitlines():
+    for line in kernelfile.text(f"{root}/proc/{init}/net/fib_trie", _NET_BYTES).splitlines():
         words = line.split()
-        if words[:1] == ["|--"]:
+        if words[:1] == ["|--"] and len(words) > 1:
             address = words[1]
         elif words[:3] == ["/32", "host", "LOCAL"] and not address.startswith("127."):
             found[address] = None
-    for line in kernelfile.text(f"{root}/proc/{init}/net/if_inet6").splitlines():
+    for line in kernelfile.text(f"{root}/proc/{init}/net/if_inet6", _NET_BYTES).splitlines():
         words = line.split()
         if len(words) >= 4 and words[3] not in ("10", "20"):
             found[_ipv6(words[0])] = None
-    return tuple(found)
+    return tuple(found)[:_ADDRESSES]
 
 
 def _ipv6(digits: str) -> str:
@@ -152,7 +157,7 @@ def devices(root: str = "") -> dict[int | None, set[str]]:
     what the page cache writes.
     """
     found: dict[int | None, set[str]] = {}
-    for line in kernelfile.text(f"{root}/proc/self/mountinfo").splitlines():
+    for line in kernelfile.text(f"{root}/proc/self/mountinfo").split("\n"):
         if f" {names.MOUNTS}/" not in line:
             continue
         before, _, after = line.partition(" - ")

@@ -233,7 +233,7 @@ def the_user(user: str) -> Iterator[Problem]:
 def idle_exit() -> Iterator[Problem]:
     """Before 11.0 libvirtd leaves after --timeout seconds although containers run, and misses their reboots."""
     for process in os.listdir("/proc"):
-        if process.isdigit():
+        if process.isdigit() and kernelfile.is_the_hosts(int(process)):
             words = kernelfile.text(f"/proc/{process}/cmdline").split("\0")
             if os.path.basename(words[0]) in ("libvirtd", "virtlxcd") and "--timeout" in words and _version() < 11:
                 yield Problem(

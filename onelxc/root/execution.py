@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from onelxc import command, containers, executions, jsontext, names
+from onelxc import command, containers, executions, jsontext, kernelfile, names
 from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
 from onelxc.model import VmPaths
-from onelxc.root import cgroups, orphans, record, syscalls
+from onelxc.root import apart, cgroups, orphans, record, syscalls
 from onelxc.root.exec_runner import BEGUN, Result, Runner, Target
 from onelxc.root.work import Work
 
@@ -144,7 +144,7 @@ def _daemon(vm_id: int, runner: Runner, on_start: int, *, told: bool) -> None:
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGIO, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda _number, _frame: runner.cancel())
-        _keep_only({on_start, runner.target.pidfd, *runner.target.groups})
+        apart.keep_only({on_start, runner.target.pidfd, *runner.target.groups})
         os.environ.clear()
         os.environ.update(command.ENVIRONMENT)
         if not told:
@@ -167,7 +167,7 @@ def find(vm_id: int) -> Target:
     while True:
         controller = _controller(vm_id)
         init = next(iter(orphans.children(controller)), 0) if controller else 0
-        if init and _executed(controller, init):
+        if init and _executed(init):
             break
         if not controller or time.monotonic() > deadline:
             raise NoSuchDomainError(f"Cannot execute in {name}: it does not run on this host")
@@ -179,7 +179,7 @@ def find(vm_id: int) -> Target:
         if not spaces & syscalls.CLONE_NEWPID or not spaces & syscalls.CLONE_NEWNS:
             raise NotSupportedError(f"Cannot execute in {name}: it has no namespaces of its own")
         groups.extend(_groups(vm_id, controller, init))
-        status = _status(init)
+        bounding = int(kernelfile.status(init, "CapBnd") or "0", 16)
         root = _root_of(init)
         limits = tuple((kind, resource.prlimit(init, kind)) for kind in _limit_kinds())
         if init not in orphans.children(controller):
@@ -195,8 +195,8 @@ def find(vm_id: int) -> Target:
         pidfd=pidfd,
         groups=tuple(groups),
         namespaces=spaces,
-        bounding=int(status["CapBnd"], 16),
-        no_new_privileges=status.get("NoNewPrivs") == "1",
+        bounding=bounding,
+        no_new_privileges=kernelfile.status(init, "NoNewPrivs") == "1",
         root=root,
         limits=limits,
     )
@@ -206,12 +206,10 @@ def _controller(vm_id: int) -> int:
     return next((one.controller for one in containers.running() if one.vm_id == vm_id), 0)
 
 
-def _executed(controller: int, init: int) -> bool:
-    """Whether init is what the image brought, and no longer libvirt's own process about to execute it."""
-    try:
-        return not os.path.samestat(os.stat(f"/proc/{controller}/exe"), os.stat(f"/proc/{init}/exe"))
-    except OSError:
-        return False
+def _executed(init: int) -> bool:
+    """Whether init is what the image brought, and no longer libvirt's own process about to execute it. By its name: to
+    look at its program may wait for a file system that the tenant serves."""
+    return orphans.comm(init) not in (orphans.CONTROLLER, "")
 
 
 def _different_namespaces(init: int) -> int:
@@ -240,18 +238,13 @@ def _groups(vm_id: int, controller: int, init: int) -> list[int]:
 
 
 def _unified(path: str, init: int) -> str:
-    with open(f"/proc/{init}/cgroup") as file:
-        own = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+    with open(f"/proc/{init}/cgroup", "rb") as file:
+        own = next((os.fsdecode(line[3:-1]) for line in file if line.startswith(b"0::")), "")
     for point, kind in cgroups.hierarchies():
         whole = os.path.normpath(point + own)
         if not kind and whole.startswith(path + "/"):
             return whole
     return path
-
-
-def _status(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/status", errors="replace") as file:
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
 
 
 def _root_of(pid: int) -> tuple[int, int]:
@@ -306,17 +299,6 @@ def _write(vm_id: int, kind: str, text: str, mode: int, modified: float | None =
         if modified is not None:
             os.utime(fd, (modified, modified))
     os.rename(temporary, path)
-
-
-def _keep_only(keep: set[int]) -> None:
-    """Close everything else: the session's pipes and lock must not live on with the command."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    for entry in os.listdir("/proc/self/fd"):
-        fd = int(entry)
-        if fd > 2 and fd not in keep:
-            _close(fd)
 
 
 def _close(*fds: int) -> None:

@@ -34,7 +34,7 @@ def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     if disk.read_only:
         raise NotSupportedError(f"Cannot resize disk {disk_id}: it is read-only")
     point = work.paths.root if disk_id == found.vm.root_disk.disk_id else work.paths.disk(disk_id)
-    mount = next((one for one in reversed(inside.mounts_of(os.getpid())) if one.point == point), None)
+    mount = inside.own_mount(point)
     if mount is None:
         raise StorageError(f"Cannot resize disk {disk_id}: it is not mounted")
     before = _enlarge(work, disk, mount.source, size_mb)

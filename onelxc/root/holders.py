@@ -7,6 +7,7 @@ at our own places, from the namespaces of other containers' controllers.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import time
@@ -14,10 +15,13 @@ from collections.abc import Iterator, Sequence
 
 from onelxc.errors import StorageError
 from onelxc.model import STATE, VmPaths
-from onelxc.root import loops, mounts, orphans, syscalls
+from onelxc.root import apart, inside, loops, mounts, orphans, syscalls
 from onelxc.root.work import Work
 
 FREE_S = 10.0
+UNMOUNT_S = 5.0
+LOOK_S = 5.0
+MOST_USERS = 20
 
 
 def loop_image(device: str) -> tuple[int, int] | None:
@@ -38,15 +42,15 @@ def loops_over(images: set[tuple[int, int]]) -> tuple[str, ...]:
 def loops_below(directory: str) -> tuple[str, ...]:
     """The loop devices mounted below a directory, in our own namespace."""
     points = set(mounts.mounted_below(directory))
-    table = _table("/proc/self/mountinfo")
-    return tuple(source for _, point, source in table if point in points and source.startswith("/dev/loop"))
+    table = inside.mounts_of(os.getpid())
+    return tuple(mount.source for mount in table if mount.point in points and mount.source.startswith("/dev/loop"))
 
 
 def mounted_devices(directory: str) -> tuple[tuple[str, str], ...]:
     """(block device, mount point) of every mount below a directory, in our own namespace."""
     prefix = directory.rstrip("/") + "/"
-    table = _table("/proc/self/mountinfo")
-    return tuple((source, point) for _, point, source in table if point.startswith(prefix) and source[:5] == "/dev/")
+    table = inside.mounts_of(os.getpid())
+    return tuple((one.source, one.point) for one in table if one.point.startswith(prefix) and one.source[:5] == "/dev/")
 
 
 def is_free(device: str) -> bool:
@@ -108,53 +112,58 @@ def is_lost(device: str) -> bool:
 
 
 def users_of(point: str) -> tuple[str, ...]:
-    """Processes with an open file, directory or program on the file system mounted at `point`: `bash (4711)`."""
-    try:
+    """Processes with an open file, directory or program on the file system mounted at `point`: `bash (4711)`. () if
+    that cannot be told in time: some of the files belong to file systems that a tenant serves."""
+
+    def look() -> bytes:
         device = os.stat(point).st_dev
-    except OSError:
+        users = (pid for pid in _pids() if any(_on_device(path, device) for path in _references(pid)))
+        return "\n".join(map(orphans.describe, itertools.islice(users, MOST_USERS))).encode()
+
+    try:
+        return tuple(filter(None, apart.run(look, limit_s=LOOK_S).decode().split("\n")))
+    except (OSError, StorageError):
         return ()
-    found = []
-    for pid in _pids():
-        if any(_on_device(path, device) for path in _references(pid)):
-            found.append(orphans.describe(pid))
-    return tuple(found)
 
 
 def mounters_of(device: str) -> tuple[str, ...]:
     """Processes that see a mount of a block device: one for each mount namespace."""
     number = _number(device)
-    return tuple(orphans.describe(pid) for pid, table in _namespaces() if any(n == number for n, _, _ in table))
+    return tuple(orphans.describe(pid) for pid, table in _namespaces() if any(one.device == number for one in table))
 
 
 def unmount_elsewhere(device: str, prefix: str) -> None:
     """Unmount `device` in all the other mount namespaces, where it is mounted below `prefix`."""
     number = _number(device)
     for pid, table in _namespaces():
-        points = [point for n, point, _ in table if n == number and point.startswith(prefix)]
+        points = [one.point for one in table if one.device == number and one.point.startswith(prefix)]
         if points:
             _unmount_in(pid, points[::-1])
 
 
 def _unmount_in(pid: int, points: list[str]) -> None:
-    """In a child, since a process cannot come back from another mount namespace without a descriptor of its own."""
+    """What cannot be unmounted there is found mounted still."""
     try:
         namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return
-    child = os.fork()
-    if child == 0:
-        try:
-            syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-            for point in points:
-                try:
-                    syscalls.umount(point)
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOENT):
-                        os._exit(1)
-        finally:
-            os._exit(0)
-    os.close(namespace)
-    os.waitpid(child, 0)
+
+    def unmount() -> bytes:
+        syscalls.setns(namespace, syscalls.CLONE_NEWNS)
+        for point in points:
+            try:
+                syscalls.umount(point)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOENT):
+                    raise
+        return b""
+
+    try:
+        apart.run(unmount, limit_s=UNMOUNT_S, keep=(namespace,))
+    except (OSError, StorageError):
+        pass
+    finally:
+        os.close(namespace)
 
 
 def _number(device: str) -> str:
@@ -163,34 +172,17 @@ def _number(device: str) -> str:
     return f"{os.major(rdev)}:{os.minor(rdev)}"
 
 
-def _namespaces() -> Iterator[tuple[int, list[tuple[str, str, str]]]]:
+def _namespaces() -> Iterator[tuple[int, Iterator[inside.MountPoint]]]:
     """(a process in it, its mount table) of every mount namespace but ours."""
     seen = {os.readlink("/proc/self/ns/mnt")}
     for pid in _pids():
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace in seen:
-                continue
-            seen.add(namespace)
-            yield pid, _table(f"/proc/{pid}/mountinfo")
         except OSError:
             continue
-
-
-def _table(path: str) -> list[tuple[str, str, str]]:
-    """(MAJOR:MINOR, mount point, source) of a mount table."""
-    found = []
-    with open(path, encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields = line.rstrip("\n").split(" ")
-            source = fields[fields.index("-") + 2]
-            found.append((fields[2], _unescape(fields[4]), source))
-    return found
-
-
-def _unescape(text: str) -> str:
-    r"""mountinfo writes blanks, tabs, newlines and backslashes as \ooo."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
+        if namespace not in seen:
+            seen.add(namespace)
+            yield pid, inside.mounts_of(pid)
 
 
 def _pids() -> list[int]:

@@ -1,8 +1,8 @@
 """How does root put a mount into a running container, and take it out again?
 
-By a child that enters the container's mount namespace and does one thing there. It keeps the host's user namespace,
-since moving a mount needs rights over both sides; directories are made with the container's root's ids, and every name
-is resolved from the container's root. Knows nothing of disks.
+By a child that enters the container's mount namespace and does one thing there, in limited time (`apart`). It keeps the
+host's user namespace, since moving a mount needs rights over both sides; directories are made with the container's
+root's ids, and every name is resolved from the container's root. Knows nothing of disks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,20 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
-from collections.abc import Callable
+import re
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc.errors import NoSuchDomainError, OneLxcError, StorageError
+from onelxc import kernelfile
+from onelxc.errors import NoSuchDomainError, StorageError
 from onelxc.names import deploy_id
-from onelxc.root import cgroups, orphans, rootfs, syscalls
+from onelxc.root import apart, cgroups, orphans, rootfs, syscalls
+
+STEP_S = 15.0
+"""How long one step inside may take: a path may lead over a file system that a process of the container serves."""
+LOOK_S = 5.0
+MOST_USERS = 20
 
 
 @dataclass(frozen=True)
@@ -54,23 +62,30 @@ def _pid_namespace(pid: int) -> str:
         return ""
 
 
-def mounts_of(pid: int) -> tuple[MountPoint, ...]:
-    """The mount table of a process, oldest first; empty where it is gone."""
-    found = []
+def mounts_of(pid: int) -> Iterator[MountPoint]:
+    """The mount table of a process, oldest first; empty where it is gone. One by one: there may be 100,000."""
     try:
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        # in bytes, since a name may hold what text takes for the end of a line
+        with open(f"/proc/{pid}/mountinfo", "rb") as table:
             for line in table:
-                fields = line.rstrip("\n").split(" ")
-                source = fields[fields.index("-") + 2]
-                found.append(MountPoint(fields[2], _unescape(fields[4]), source))
+                before, _, after = line.rstrip(b"\n").partition(b" - ")
+                fields = before.split(b" ")
+                yield MountPoint(os.fsdecode(fields[2]), _unescape(fields[4]), os.fsdecode(after.split(b" ")[1]))
     except OSError:
-        return ()
-    return tuple(found)
+        return
 
 
-def _unescape(text: str) -> str:
+def own_mount(point: str) -> MountPoint | None:
+    """What is mounted at `point` of the host, the topmost."""
+    found = None
+    for mount in mounts_of(os.getpid()):
+        found = mount if mount.point == point else found
+    return found
+
+
+def _unescape(path: bytes) -> str:
     r"""mountinfo writes blanks, tabs, newlines and backslashes as \ooo."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape") if "\\" in text else text
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found.group(1), 8) & 255]), path))
 
 
 def attach(pid: int, source: str, target: str, id_base: int | None) -> None:
@@ -78,25 +93,42 @@ def attach(pid: int, source: str, target: str, id_base: int | None) -> None:
     if any(mount.point == target for mount in mounts_of(pid)):
         raise StorageError(f"Cannot attach at {target}: something else is mounted there")
     namespace = _namespace(pid)
-    tree = -1
+    tree = place = -1
     try:
+        place = _place(namespace, target, id_base)
         tree = syscalls.open_tree(source)
         # what the container mounts below it must not come out on the host
         syscalls.mount_setattr(tree, propagation=syscalls.MS_PRIVATE)
 
-        def move() -> None:
-            _make(target, id_base)
-            root = os.open("/", os.O_PATH | os.O_DIRECTORY)
-            place = syscalls.openat2(root, target, os.O_PATH | os.O_DIRECTORY)
+        def move() -> bytes:
             syscalls.move_mount(tree, "", dir_fd=place)
+            return b""
 
-        _enter(namespace, move, f"Cannot attach at {target}")
+        _enter(namespace, move, keep=(tree, place))
     except OSError as error:
         raise StorageError(f"Cannot attach at {target}: {error.strerror}") from error
+    except StorageError as error:
+        raise StorageError(f"Cannot attach at {target}: {error}") from error
     finally:
-        os.close(namespace)
-        if tree >= 0:
-            os.close(tree)
+        for fd in (namespace, tree, place):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _place(namespace: int, target: str, id_base: int | None) -> int:
+    """A descriptor of the directory, made if missing. By a child of its own: one that waits for ever on its way there
+    holds no disk."""
+    ours, its = socket.socketpair()
+
+    def find() -> bytes:
+        _make(target, id_base)
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY)
+        socket.send_fds(its, [b"."], [syscalls.openat2(root, target, os.O_PATH | os.O_DIRECTORY)])
+        return b""
+
+    with ours, its:
+        _enter(namespace, find, keep=(its.fileno(),))
+        return int(socket.recv_fds(ours, 1, 1)[1][0])
 
 
 def _make(target: str, id_base: int | None) -> None:
@@ -106,6 +138,7 @@ def _make(target: str, id_base: int | None) -> None:
         os.setgroups([])
         os.setegid(id_base)
         os.seteuid(id_base)
+        syscalls.die_with_parent()  # which other ids have undone
     try:
         rootfs.make_directory(root, target)
     finally:
@@ -119,12 +152,12 @@ def detach(pid: int, point: str, *, remove: bool) -> bool:
     """Unmount `point` in the namespace of `pid`; False if it is in use. `remove` also takes the empty directory."""
     namespace = _namespace(pid)
 
-    def unmount() -> None:
+    def unmount() -> bytes:
         try:
             syscalls.umount(point)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise _BusyError from error
+                return b"busy"
             if error.errno not in (errno.EINVAL, errno.ENOENT):
                 raise
         if remove:
@@ -134,18 +167,14 @@ def detach(pid: int, point: str, *, remove: bool) -> bool:
                 os.rmdir(posixpath.basename(point), dir_fd=parent)
             except OSError:
                 pass
+        return b""
 
     try:
-        _enter(namespace, unmount, f"Cannot detach from {point}")
-    except _BusyError:
-        return False
+        return _enter(namespace, unmount) != b"busy"
+    except OSError as error:
+        raise StorageError(f"Cannot detach from {point}: {error.strerror}") from error
     finally:
         os.close(namespace)
-    return True
-
-
-class _BusyError(OneLxcError):
-    pass
 
 
 def _namespace(pid: int) -> int:
@@ -162,38 +191,27 @@ def _namespace(pid: int) -> int:
     return fd
 
 
-def _enter(namespace: int, step: Callable[[], None], doing: str) -> None:
-    """Run `step` in a child that is in the mount namespace; what went wrong there is raised here."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-            step()
-            os.write(writer, b"+")
-        except _BusyError:
-            os.write(writer, b"!")
-        except OSError as error:
-            os.write(writer, f"{error.strerror}".encode())
-        except BaseException as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    try:
-        said = os.read(reader, 4096).decode(errors="replace")
-    finally:
-        os.close(reader)
-        os.waitpid(child, 0)
-    if said == "!":
-        raise _BusyError(doing)
-    if said != "+":
-        raise StorageError(f"{doing}: {said or 'the helper died'}")
+def _enter(namespace: int, step: Callable[[], bytes], keep: tuple[int, ...] = ()) -> bytes:
+    """Run `step` in a child that is in the mount namespace: what it gives, or the OSError or StorageError it raised."""
+
+    def inside() -> bytes:
+        syscalls.setns(namespace, syscalls.CLONE_NEWNS)
+        return step()
+
+    return apart.run(inside, limit_s=STEP_S, keep=(namespace, *keep))
 
 
 def users(pids: tuple[int, ...], st_dev: int) -> tuple[str, ...]:
-    """Processes among `pids` that hold something on the file system, as its tenant knows them."""
-    return tuple(_describe(pid) for pid in pids if any(_device(path) == st_dev for path in _references(pid)))
+    """Processes among `pids` that hold something on the file system, as its tenant knows them; () if it takes long."""
+
+    def look() -> bytes:
+        found = [_describe(pid) for pid in pids if any(_device(path) == st_dev for path in _references(pid))]
+        return "\n".join(found[:MOST_USERS]).encode()
+
+    try:
+        return tuple(filter(None, apart.run(look, limit_s=LOOK_S).decode().split("\n")))
+    except (OSError, StorageError):
+        return ()
 
 
 def _references(pid: int) -> list[str]:
@@ -214,9 +232,5 @@ def _device(path: str) -> int:
 
 
 def _describe(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            line = next(line for line in status if line.startswith("NSpid:"))
-        return f"{orphans.comm(pid)} (pid {line.split()[-1]} inside)"
-    except (OSError, StopIteration):
-        return orphans.describe(pid)
+    inside = kernelfile.status(pid, "NSpid").split()
+    return f"{orphans.comm(pid)} (pid {inside[-1]} inside)" if inside else orphans.describe(pid)

@@ -8,7 +8,6 @@ refused while anybody uses it, with the names of who does, and when it returns n
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import Any
 
@@ -20,6 +19,8 @@ from onelxc.root.record import Record
 from onelxc.root.work import Work
 
 EXECUTED_S = 20.0
+MOST_PLACES = 100
+"""Of disks that were detached; a tenant may call as many of his own mounts so as he likes."""
 _PLACE = "onelxc-detached"
 
 
@@ -85,11 +86,14 @@ def detach(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 def refresh(work: Work, found: Record) -> None:
     """After the container restarted by itself: show it again what libvirt knows nothing of, with its limits."""
     pid = _wait_executed(work.vm_id)
-    table = inside.mounts_of(pid)
-    present = {mount.device for mount in table}
-    for mount in table:
-        if mount.source == _PLACE:
-            inside.detach(pid, mount.point, remove=False)
+    present: set[str] = set()
+    places: list[str] = []
+    for mount in inside.mounts_of(pid):
+        present.add(mount.device)
+        if mount.source == _PLACE and len(places) < MOST_PLACES:
+            places.append(mount.point)
+    for place in places:
+        inside.detach(pid, place, remove=False)
     for shown in found.prepared.mounts:
         disk = next((one for one in found.vm.disks if work.paths.disk(one.disk_id) == shown.source), None)
         if disk is None or not mounts.is_mounted(shown.source):
@@ -112,7 +116,7 @@ def _wait_executed(vm_id: int) -> int:
     deadline = time.monotonic() + EXECUTED_S
     while True:
         pid = inside.init_pid(vm_id)
-        if orphans.comm(pid) not in ("libvirt_lxc", ""):
+        if orphans.comm(pid) not in (orphans.CONTROLLER, ""):
             return pid
         if time.monotonic() > deadline:
             raise StorageError(f"Cannot look into {model.deploy_id(vm_id)}: its init has not been executed")
@@ -153,7 +157,10 @@ def _keep_place(work: Work, source: str) -> None:
 
 def _device_of(point: str) -> str:
     """The block device mounted at `point`."""
-    return next(mount.source for mount in reversed(inside.mounts_of(os.getpid())) if mount.point == point)
+    mount = inside.own_mount(point)
+    if mount is None:
+        raise StorageError(f"Cannot find what is mounted at {point}: nothing is")
+    return mount.source
 
 
 __all__ = ["Vm", "attach", "detach", "refresh"]

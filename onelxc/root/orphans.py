@@ -13,11 +13,12 @@ import signal
 import time
 from collections.abc import Iterator
 
-from onelxc import command, names
-from onelxc.errors import CommandError, HypervisorError
+from onelxc import command, kernelfile, names
+from onelxc.errors import CommandError, HypervisorError, line
 from onelxc.root import cgroups
 
 VIRSH = ("virsh", "-q", "-c", "lxc:///")
+CONTROLLER = "libvirt_lxc"
 LIBVIRT_STATE = "/run/libvirt/lxc"
 DEATH_S = 20.0
 CONTROLLER_ENDS_S = 2.0
@@ -96,15 +97,15 @@ def children(pid: int) -> tuple[int, ...]:
 
 
 def is_controller(pid: int) -> bool:
-    """Whether the process is libvirt's for a container."""
-    return comm(pid) == "libvirt_lxc"
+    """Whether the process is libvirt's for a container, and none of a container's that calls itself so."""
+    return comm(pid) == CONTROLLER and kernelfile.is_the_hosts(pid)
 
 
 def comm(pid: int) -> str:
     """The name of a process, "" if it is gone."""
     try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return "".join(c if c.isprintable() else "?" for c in file.read().rstrip("\n"))
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return line(file.read().decode(errors="replace")) or "?"
     except OSError:
         return ""
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from onelxc import command
+from onelxc import command, kernelfile
 from onelxc.errors import CommandError, StorageError
 from onelxc.root import holders, iocounters, mounts, nbd, orphans
 from onelxc.root.journal import Entry
@@ -218,6 +218,8 @@ def _pids(place: str) -> list[int]:
 
 
 def _is_for(pid: int, place: str) -> bool:
+    if not kernelfile.is_the_hosts(pid):
+        return False
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as line:
             return os.fsencode(_pid_file(place)) in line.read().split(b"\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from onelxc import cgroup, containers, host, kernelfile, samples, usage
 from onelxc.containers import Container
 
 STAT = "%d (libvirt_lxc) S 1 1 1 0 -1 4194560 1124 0 0 0 1 1 0 0 20 0 3 0 %d 1 1"
+DEEP = 1800
 SCOPE = "/machine.slice/machine-lxc\\x2d4242\\x2done\\x2d5.scope"
 
 
@@ -33,12 +35,17 @@ def systemd_host(tmp_path: Path) -> str:
             "/run/libvirt/lxc/one-6.pid": "4300",
             "/run/libvirt/lxc/one-7.pid": "4400",
             "/run/libvirt/lxc/one-5.xml": "<x/>",
+            "/proc/4242/status": "Name:\tlibvirt_lxc\nNSpid:\t4242\n",
             "/proc/4242/cmdline": "/usr/lib/libvirt/libvirt_lxc\0--name\0one-5\0--console\x0022\0",
             "/proc/4242/cgroup": f"0::{SCOPE}/libvirt/init.scope\n",
             "/proc/4242/stat": STAT % (4242, 1000),
             "/proc/4242/task/4242/children": "4243 ",
             # the number of a dead controller is used by another process now
+            "/proc/4300/status": "Name:\tsshd\nNSpid:\t4300\n",
             "/proc/4300/cmdline": "/usr/sbin/sshd\0-D\0",
+            # as that of another is used by a container's process, which calls itself as it likes
+            "/proc/4400/status": "Name:\tx\rNSpid:\t4400\nNSpid:\t4400\t7\n",
+            "/proc/4400/cmdline": "/usr/lib/libvirt/libvirt_lxc\0--name\0one-7\0",
             "/proc/mounts": "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\nproc /proc proc rw 0 0\n",
             f"{inner}/cpu.stat": "usage_usec 2500000\nuser_usec 1000000\n",
             f"{inner}/cpu.max": "150000 100000\n",
@@ -216,3 +223,32 @@ def test_kernelfile_of_what_is_not_there(tmp_path: Path) -> None:
     assert (kernelfile.text(missing), kernelfile.number(missing), kernelfile.table(missing)) == ("", None, {})
     (tmp_path / "limit").write_text("max\n")
     assert kernelfile.number(str(tmp_path / "limit")) is None
+
+
+def test_of_a_million_addresses_the_first_are_told(systemd_host: str) -> None:
+    """A tenant may have as many as he likes; what is told has to fit a datagram."""
+    ours = [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}" for number in range(300_000)]
+    routes = "".join(f"     |-- {address}\n        /32 host LOCAL\n" for address in ours)
+    plant(Path(systemd_host), {"/proc/4243/net/fib_trie": f"Main:\n{routes}"})
+    found = usage.addresses(Container("one-5", 4242), systemd_host)
+    assert found[:2] == ("10.0.0.0", "10.0.0.1")
+    assert len(found) == 32
+
+
+def test_control_groups_that_lie_deep_are_no_trouble(systemd_host: str) -> None:
+    """On version 2 a tenant makes his own, below the one that is looked at."""
+    top = os.path.join(systemd_host, f"sys/fs/cgroup{SCOPE}/libvirt")
+    os.unlink(f"{top}/pids.current")
+    plant(Path(systemd_host), {f"/sys/fs/cgroup{SCOPE}/libvirt/cgroup.threads": "1\n2\n"})
+    here = os.getcwd()
+    os.chdir(top)
+    for _ in range(DEEP):
+        os.mkdir("g")
+        os.chdir("g")
+    try:
+        assert cgroup.tasks(cgroup.of(4242, cgroup.mounts(systemd_host), systemd_host)) == 2
+    finally:
+        for _ in range(DEEP):
+            os.chdir("..")
+            os.rmdir("g")
+        os.chdir(here)
