@@ -88,6 +88,7 @@ class HostConfig:
     raw: bool = False
     import_timeout_s: float = 3600.0
     import_limit_mb: int | None = None
+    import_memory_mb: int = 2048
     fsck_timeout_s: float = 600.0
     exec_timeout_s: float = 3600.0
     lease_timeout_s: float = 120.0
@@ -152,7 +153,7 @@ def host(path: str = HOST_CONF) -> HostConfig:
     """The host's policy."""
     file = _File.read(path)
     file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW")
-    file.allow("IMPORT_TIMEOUT", "IMPORT_LIMIT", "FSCK_TIMEOUT")
+    file.allow("IMPORT_TIMEOUT", "IMPORT_LIMIT", "IMPORT_MEMORY", "FSCK_TIMEOUT")
     file.allow("EXEC_TIMEOUT", "LEASE_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
     standard = HostConfig()
     found = HostConfig(
@@ -164,6 +165,7 @@ def host(path: str = HOST_CONF) -> HostConfig:
         raw=file.yes("RAW", standard.raw),
         import_timeout_s=file.number("IMPORT_TIMEOUT", standard.import_timeout_s),
         import_limit_mb=file.whole("IMPORT_LIMIT", 0) or None,
+        import_memory_mb=file.whole("IMPORT_MEMORY", standard.import_memory_mb),
         fsck_timeout_s=file.number("FSCK_TIMEOUT", standard.fsck_timeout_s),
         exec_timeout_s=file.number("EXEC_TIMEOUT", standard.exec_timeout_s),
         lease_timeout_s=file.number("LEASE_TIMEOUT", standard.lease_timeout_s),

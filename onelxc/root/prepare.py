@@ -137,7 +137,7 @@ def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> 
         init=init,
         log=work.log,
         abort=_carry_on,
-        limits=importer.Limits(work.config.import_timeout_s, work.config.import_limit_mb),
+        limits=importer.Limits(work.config.import_timeout_s, work.config.import_limit_mb, work.config.import_memory_mb),
         cache=cache.Cache(work.config.cache_path, work.config.cache_max_mb, work.log),
     )
     work.journal.gave_back(taken)

@@ -260,7 +260,7 @@ def test_a_gzip_file_of_several_members(place: Path, tree: Path) -> None:
     run_import(place, b"".join(parts))
     with mounted(place) as mnt:
         assert manifest(mnt) == manifest(tree)
-    assert_refused(place, b"".join(parts) + b"more", "the archive is corrupt or truncated")
+    assert_refused(place, b"".join(parts) + b"more", "there is something else behind its end")
     assert_refused(place, b"".join(parts[:-1]), "", init=None)
 
 
@@ -282,7 +282,9 @@ def test_corrupt(place: Path, tree: Path, compression: str) -> None:
 
 
 def test_compressed_but_no_tar(place: Path) -> None:
-    assert_refused(place, sh("gzip", "-c", input=b"no tar at all" * 100), "does not look like a tar archive")
+    assert_refused(
+        place, sh("gzip", "-c", input=b"no tar at all" * 100), "in the gzip file is a text file: a disk may be"
+    )
 
 
 @pytest.mark.parametrize(
