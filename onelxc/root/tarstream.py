@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from onelxc import jsontext
 from onelxc.errors import StorageError
 from onelxc.root import contents, gunzip, paxheader
 from onelxc.root.paxheader import Refused
@@ -79,8 +80,8 @@ def read_report(fd: int) -> Report:
     with open(fd, "rb", closefd=False) as file:
         text = file.read(_REPORT_BYTES)
     try:
-        return Report(**json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        return Report(**jsontext.loads(text))
+    except (ValueError, TypeError) as error:
         raise StorageError(f"what was read of the archive cannot be understood: {error}") from error
 
 

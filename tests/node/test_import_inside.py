@@ -15,7 +15,6 @@ from onelxc.root.unpacking import Limits
 from tests.node.test_import import (
     COMPRESSIONS,
     assert_refused,
-    build,
     mounted,
     no_abort,
     pack,

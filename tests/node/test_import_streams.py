@@ -1,4 +1,4 @@
-"""Whole archives are imported, whatever they are packed with; others are refused with the true cause, in little memory."""
+"""Whole archives are imported, whatever packed them; others are refused with the true cause, in little memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from onelxc.errors import StorageError
 from onelxc.root.unpacking import Limits
 from tests.node.test_import import INIT, assert_refused, build, member, mounted, pack, place, run_import, sh, tree
 
 __all__ = ["place", "tree"]  # fixtures
 
 MIB = 1 << 20
+
+
+@contextlib.contextmanager
+def packed(path: Path, *argv: str) -> Iterator[IO[bytes]]:
+    """What is written to it goes, packed, to `path`: this process itself stays small, as its children are measured."""
+    with open(path, "wb") as out, subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=out) as packer:
+        assert packer.stdin is not None
+        yield packer.stdin
+    assert packer.returncode == 0
 
 
 @pytest.mark.parametrize("padding", [0, 1, 10_000_000])
@@ -36,11 +47,11 @@ def test_a_plain_tar_whose_last_file_ends_in_zeros(place: Path, padding: int) ->
 @pytest.mark.parametrize("size_mb", [None, 1000])
 @pytest.mark.parametrize("packer", [("gzip", "-1"), ("bzip2", "-1")])
 def test_many_empty_files(place: Path, size_mb: int | None, packer: tuple[str, ...]) -> None:
-    out = io.BytesIO()
-    for number in range(150_000):
-        out.write(tarfile.TarInfo(f"d{number // 1000}/{number}").tobuf(tarfile.USTAR_FORMAT))
-    out.write(bytes(1024))
-    run_import(place, sh(*packer, "-c", input=out.getvalue()), init=None, size_mb=size_mb)
+    with packed(place / "disk.0", *packer, "-c") as out:
+        for number in range(150_000):
+            out.write(tarfile.TarInfo(f"d{number // 1000}/{number}").tobuf(tarfile.USTAR_FORMAT))
+        out.write(bytes(1024))
+    run_import(place, None, init=None, size_mb=size_mb)
     with mounted(place) as mnt:
         assert sum(len(files) for _, _, files in os.walk(mnt)) == 150_000
     assert sh("e2fsck", "-f", "-n", str(place / "disk.0"))
@@ -48,12 +59,11 @@ def test_many_empty_files(place: Path, size_mb: int | None, packer: tuple[str, .
 
 def test_more_files_than_allowed(place: Path) -> None:
     """Headers are cheap to pack, and an inode each to unpack."""
-    out = io.BytesIO()
-    for number in range(100_000):
-        out.write(tarfile.TarInfo(str(number)).tobuf(tarfile.USTAR_FORMAT))
-    out.write(bytes(1024))
-    data = sh("xz", "-1", "-c", input=out.getvalue())
-    assert_refused(place, data, "does not fit into 20 MiB", init=None, limits=Limits(largest_mb=20))
+    with packed(place / "disk.0", "xz", "-1", "-c") as out:
+        for number in range(100_000):
+            out.write(tarfile.TarInfo(str(number)).tobuf(tarfile.USTAR_FORMAT))
+        out.write(bytes(1024))
+    assert_refused(place, None, "does not fit into 20 MiB", init=None, limits=Limits(largest_mb=20))
 
 
 PACKERS = {
@@ -268,13 +278,11 @@ def peak_memory() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"X"])
 def test_a_header_that_claims_gigabytes(place: Path, kind: bytes) -> None:
-    with open(place / "disk.0", "wb") as out:
-        packer = subprocess.Popen(["zstd", "-q", "-c"], stdin=subprocess.PIPE, stdout=out)
-        assert packer.stdin is not None
-        packer.stdin.write(claims(kind, 700_000_000))
+    with packed(place / "disk.0", "zstd", "-q", "-c") as out:
+        out.write(claims(kind, 700_000_000))
         for _ in range(668):
-            packer.stdin.write(bytes(MIB))
-        packer.communicate(build(INIT))
+            out.write(bytes(MIB))
+        out.write(build(INIT))
     assert os.stat(place / "disk.0").st_size < 100_000
     with peak_memory() as peak:
         assert_refused(place, None, "claims to have 700000000 bytes", init=None, size_mb=4000)
@@ -284,22 +292,23 @@ def test_a_header_that_claims_gigabytes(place: Path, kind: bytes) -> None:
 def test_many_headers_for_one_file(place: Path) -> None:
     """Each within bounds, and together without end."""
     long_name = claims(b"L", 60_000) + b"n" * 60_000 + bytes(-60_000 % 512)
-    data = sh("zstd", "-q", "-c", input=long_name * 5000 + build(INIT))
-    with peak_memory() as peak:
-        with contextlib.suppress(Exception):
-            run_import(place, data, init=None)
+    with packed(place / "disk.0", "zstd", "-q", "-c") as out:
+        for _ in range(5000):
+            out.write(long_name)
+        out.write(build(INIT))
+    with peak_memory() as peak, contextlib.suppress(StorageError):
+        run_import(place, None, init=None)
     assert 0 < peak[0] < 300 * MIB
 
 
 def test_attributes_without_end(place: Path) -> None:
     """Those to be set afterwards have to be remembered."""
-    packer = subprocess.Popen(["zstd", "-q", "-c"], stdin=subprocess.PIPE, stdout=open(place / "disk.0", "wb"))
-    assert packer.stdin is not None
-    for number in range(1000):
-        info = tarfile.TarInfo(str(number))
-        info.pax_headers = {"SCHILY.xattr.trusted.x": "v" * 60_000}
-        packer.stdin.write(info.tobuf(tarfile.PAX_FORMAT))
-    packer.communicate(bytes(1024))
+    with packed(place / "disk.0", "zstd", "-q", "-c") as out:
+        for number in range(1000):
+            info = tarfile.TarInfo(str(number))
+            info.pax_headers = {"SCHILY.xattr.trusted.x": "v" * 60_000}
+            out.write(info.tobuf(tarfile.PAX_FORMAT))
+        out.write(bytes(1024))
     with peak_memory() as peak:
         assert_refused(place, None, "are too many", init=None, size_mb=4000)
     assert 0 < peak[0] < 300 * MIB
@@ -307,17 +316,13 @@ def test_attributes_without_end(place: Path) -> None:
 
 def test_xz_threads_stay_within_the_limit(place: Path) -> None:
     """Blocks of 32 MiB, of which each thread holds one, packed and unpacked."""
-    script = "import os\nfor _ in range(16): os.write(1, os.urandom(1 << 20) * 10)"
-    packer = subprocess.Popen(
-        ["xz", "-0", "-T2", "--block-size=33554432", "-c"], stdin=subprocess.PIPE, stdout=open(place / "disk.0", "wb")
-    )
-    assert packer.stdin is not None
     info = tarfile.TarInfo("file")
     info.size = 160 * MIB
-    packer.stdin.write(info.tobuf(tarfile.GNU_FORMAT))
-    packer.stdin.flush()
-    subprocess.run(["python3", "-c", script], stdout=packer.stdin, check=True)
-    packer.communicate(bytes(1024))
+    with packed(place / "disk.0", "xz", "-0", "-T2", "--block-size=33554432", "-c") as out:
+        out.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(16):
+            out.write(os.urandom(MIB) * 10)
+        out.write(bytes(1024))
     with peak_memory() as peak:
         run_import(place, None, init=None, limits=Limits(memory_mb=128))
     assert 0 < peak[0] < (128 + 192) * MIB
