@@ -8,6 +8,7 @@ user=${ONEADMIN:-oneadmin}
 library=/usr/lib/onelxc
 node_manifest=$library/manifest
 sudoers=/etc/sudoers.d/onelxc
+hook=/etc/libvirt/hooks/lxc.d/onelxc
 state=/var/lib/onelxc
 
 # Debian's names, which are Ubuntu's too. The second row is for kinds of images and features; a distribution that lacks
@@ -23,6 +24,7 @@ node_install() {
     if [ "$1" = yes ]; then install_packages; fi
     put_user_into_group
     put_helper
+    put_hook
     put_policy
     put_sudoers
     put_units
@@ -95,7 +97,29 @@ put_helper() {
     put_package
     put_file "$bundle/libexec/onelxc-root" "$library/onelxc-root" root:root 755
     put_file "$bundle/libexec/onelxc-hub" "$library/onelxc-hub" root:root 755
+    put_file "$bundle/libexec/onelxc-guard" "$library/onelxc-guard" root:root 755
     put_link "$library/onelxc-root" /usr/sbin/onelxc-root root:root
+}
+
+# libvirt calls it at each start of a container. What the administrator has there stays, and is called as well.
+put_hook() {
+    local before=$changes directory
+    for directory in /etc/libvirt /etc/libvirt/hooks /etc/libvirt/hooks/lxc.d; do
+        put_directory "$directory" root:root 755
+    done
+    put_file "$bundle/etc/libvirt/lxc-hook" "$hook" root:root 755
+    if [ "$changes" -ne "$before" ] && [ "$dry_run" = no ]; then reload_libvirtd; fi
+}
+
+# libvirtd looks for hooks when it starts and when it is told to reload; containers do not notice.
+reload_libvirtd() {
+    local process name here
+    here=$(readlink /proc/self/ns/pid)
+    for process in /proc/[0-9]*; do
+        [ "$(readlink "$process/ns/pid" 2>/dev/null)" = "$here" ] || continue # a container may have its own
+        name=$(cat "$process/comm" 2>/dev/null || :)
+        case $name in libvirtd | virtlxcd) kill -HUP "${process#/proc/}" 2>/dev/null || : ;; esac
+    done
 }
 
 # Made beside the one in use, which actions may be starting from just now.

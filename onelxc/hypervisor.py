@@ -393,6 +393,7 @@ def _name(pid: int) -> bytes:
 def _text(error: libvirt.libvirtError) -> str:
     """libvirt's words without the prefixes that differ from host to host."""
     text = " ".join(str(error.get_error_message() or error).split())
+    text = re.sub(r"^Hook script execution failed: .*? unexpected exit status \d+: ", "", text)
     for prefix in (
         "internal error: guest failed to start: ",
         "internal error: Timed out while reading log output: ",

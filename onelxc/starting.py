@@ -18,8 +18,7 @@ def start(libvirt: Hypervisor, host: Session, vm: Vm, report: Report) -> None:
     prepared = host.prepare(vm)
     with lifecycle.quoting(host.console):
         lifecycle.start(libvirt, domainxml.render(vm, prepared), vm.deploy_id)
-    if prepared.cgroup == 2 or any(nic.beyond_libvirt for nic in vm.nics):
-        host.call("settle")
+    host.call("settle")
     host.commit()
     if vm.graphics is not None:
         vnc.start(vm.vm_id, vm.graphics, report.info)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-from onelxc import cgroup, containers, helperinfo, kernelfile, monitoring, names, samples, usage
+from onelxc import cgroup, containers, helperinfo, kernelfile, monitoring, mounttable, names, samples, usage
 from onelxc.errors import HelperError
 
 FILE = "onelxc-vm-status"
@@ -24,6 +24,9 @@ REPEAT_S = 60
 _CONFIGURATION_LIMIT = 1 << 20
 PAUSED_S = 30
 """A container that stays frozen is asked about again after this time."""
+
+SETUP_S = 60.0
+"""Longer than libvirt takes to set a container up."""
 
 LEFT = "/left"
 
@@ -82,17 +85,34 @@ def look() -> list[str]:
     """What is to be seen of OpenNebula's containers without root: a text for each, that changes when it does."""
     mounted = cgroup.mounts()
     devices = usage.devices()
+    host = mounttable.host_devices(kernelfile.text("/proc/self/mountinfo"))
     found = []
     for container in containers.running():
         if container.vm_id is not None:
             held = "/frozen" if cgroup.frozen(cgroup.of(container.controller, mounted)) else ""
             lost = "/lost" if any(map(_lost, devices.get(container.vm_id, ()))) else ""
-            found.append(container.key + held + lost)
+            found.append(container.key + held + lost + _foreign(container, host))
             devices.pop(container.vm_id, None)
     # disks mounted for no container: a deploy is in flight, or was killed together with its root helper
     return found + [
         f"{names.deploy_id(vm_id)}{LEFT}" for vm_id in sorted(vm_id for vm_id in devices if vm_id is not None)
     ]
+
+
+def _foreign(container: containers.Container, host: dict[str, set[int]]) -> str:
+    """What the helper has to look at: a container that seems to hold file systems of the host. Until it is set up it
+    sees all of them, and its process 1 is libvirt's own, with the same arguments as the controller.
+    """
+    init = containers.init_of(container)
+    if init is None or container.vm_id is None:
+        return ""
+    held = mounttable.suspicion(container.vm_id, init, host)
+    if not held:
+        return ""
+    setup = kernelfile.text(f"/proc/{init}/cmdline") == kernelfile.text(f"/proc/{container.controller}/cmdline")
+    if setup and samples.now_s() - containers.started_s(container) < SETUP_S:
+        return ""
+    return f"/foreign {held}"
 
 
 def _is_left(one: str) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from onelxc import __version__, command, errors, host, kernelfile
 from onelxc.errors import CommandError
 from onelxc.model import HELPER
+from onelxc.root import starts
 
 # program: what it is needed for
 NEEDED = {
@@ -70,6 +71,7 @@ def problems(user: str = "") -> list[Problem]:
         programs,
         python_modules,
         lambda: helper(HELPER),
+        lambda: hook(starts.HOOK),
         lambda: libvirt(systemd),
         lambda: the_user(user),
         idle_exit,
@@ -200,6 +202,14 @@ def helper(path: str) -> Iterator[Problem]:
     found = kernelfile.text(os.path.join(os.path.dirname(path), "onelxc", "__init__.py"))
     if f'"{__version__}"' not in found:
         yield Problem(True, f"the root helper is of another version than {__version__}: run `install.sh node` as root")
+
+
+def hook(path: str) -> Iterator[Problem]:
+    """libvirt calls it at each start, and skips one that is not executable."""
+    if not os.path.exists(path):
+        yield Problem(True, f"libvirt's hook {path} is missing: run `install.sh node` as root")
+    elif not os.access(path, os.X_OK):
+        yield Problem(True, f"libvirt's hook {path} is not executable: chmod 755, and reload or restart libvirtd")
 
 
 def libvirt(systemd: bool) -> Iterator[Problem]:

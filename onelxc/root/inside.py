@@ -37,11 +37,9 @@ class MountPoint:
 
 def init_pid(vm_id: int) -> int:
     """The host's pid of the container's process 1. NoSuchDomainError where the container does not run."""
-    for controller in {group.controller for group in cgroups.groups(vm_id)}:
-        if orphans.is_controller(controller):
-            for child in orphans.children(controller):
-                if not orphans.is_dead(child):
-                    return child
+    found = orphans.processes_of(cgroups.groups(vm_id))
+    if found is not None:
+        return found[1]
     raise NoSuchDomainError(f"Cannot find {deploy_id(vm_id)}: no such container runs on this host")
 
 

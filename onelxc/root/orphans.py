@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from onelxc import command, kernelfile, names
 from onelxc.errors import CommandError, HypervisorError, line
@@ -94,6 +94,16 @@ def children(pid: int) -> tuple[int, ...]:
             return tuple(int(child) for child in file.read().split())
     except OSError:
         return ()
+
+
+def processes_of(groups: Iterable[cgroups.Group]) -> tuple[int, int] | None:
+    """libvirt's controller of the container in these groups, and its process 1; None where it does not run."""
+    for controller in {group.controller for group in groups}:
+        if is_controller(controller):
+            for child in children(controller):
+                if not is_dead(child):
+                    return controller, child
+    return None
 
 
 def is_controller(pid: int) -> bool:

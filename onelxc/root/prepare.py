@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import stat
-from collections.abc import Iterable
 from typing import Any
 
-from onelxc import model
+from onelxc import domainxml, model
 from onelxc.errors import ConfigurationError, StorageError
 from onelxc.model import Disk, Init, IoLimits, Mount, Prepared, Vm
 from onelxc.root import (
@@ -22,6 +21,7 @@ from onelxc.root import (
     consolelog,
     context,
     filesystems,
+    guard,
     holders,
     hub,
     importer,
@@ -35,9 +35,11 @@ from onelxc.root import (
     rbd,
     record,
     rootfs,
+    targets,
     validate,
     volumes,
 )
+from onelxc.root.owner import Owner
 from onelxc.root.work import Work
 
 CONTEXT = "/context"
@@ -66,11 +68,8 @@ def prepare(work: Work, vm: Vm) -> Prepared:
     """Mount everything. The caller undoes by the journal when this raises."""
     id_base = None if vm.privileged else work.config.first_id(vm.vm_id)
     make_private(work.paths.mounts, id_base)
-    points = [(validate.mount_point(disk), True) for disk in vm.data_disks]
-    if vm.context is not None:
-        points.append((CONTEXT, True))
     devices = []
-    init, device = _root(work, vm, points, id_base)
+    init, device = _root(work, vm, id_base)
     if vm.root_disk.limits != IoLimits():
         devices.append((vm.root_disk.disk_id, device))
     found = []
@@ -85,7 +84,7 @@ def prepare(work: Work, vm: Vm) -> Prepared:
     if init is Init.SYSTEMD and id_base is not None:
         own = cgroups.own_named(work.vm_id, id_base)
         found.extend([Mount(*own)] if own else [])
-    return Prepared(
+    prepared = Prepared(
         root=work.paths.root,
         id_base=id_base,
         mounts=tuple(sorted(found, key=lambda mount: mount.target.count("/"))),
@@ -97,6 +96,17 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         switches=nics.switches(vm),
         swap_accounting=_counts_swap(),
     )
+    _secure(vm, prepared)
+    return prepared
+
+
+def _secure(vm: Vm, prepared: Prepared) -> None:
+    """What the guard does at each start, now, so that what it refuses is told in its own words."""
+    if prepared.profiles or vm.raw:
+        guard.secure(guard.Domain(domainxml.render(vm, prepared).encode()))
+        return
+    filesystems = [targets.Filesystem("mount", mount.source, mount.target) for mount in prepared.mounts]
+    targets.secure(prepared.root, filesystems, Owner(prepared.id_base))
 
 
 def make_private(directory: str, id_base: int | None) -> None:
@@ -111,12 +121,11 @@ def make_private(directory: str, id_base: int | None) -> None:
     os.chmod(directory, 0o710)
 
 
-def _root(work: Work, vm: Vm, points: Iterable[tuple[str, bool]], id_base: int | None) -> tuple[Init, str]:
+def _root(work: Work, vm: Vm, id_base: int | None) -> tuple[Init, str]:
     """Mount the root file system; which init is in it, and its block device."""
     disk = vm.root_disk
     opened = _open_mount(work, disk, vm.init)
     with opened as detached:
-        rootfs.prepare(detached.fd, points)
         init = rootfs.find_init(detached.fd, vm.init)
         device = detached.device
         work.journal.take("mount", path=work.paths.root)

@@ -9,6 +9,7 @@ when the reboot is over. Dead are:
 * what libvirt has lost: zombies, and processes whose controller has died;
 * containers whose root image was deleted under them: `onevm delete` of 3.2.1 sends no cancel after a poll that said
   paused or failed;
+* containers that may not go on (see `standing`): they are ended here;
 * what a killed helper had begun;
 * a container whose disks another host has, and a suspended one whose disks another host wants, or whose VM was deleted.
 
@@ -25,7 +26,21 @@ from typing import TYPE_CHECKING, Any
 from onelxc import errors, names
 from onelxc.errors import HypervisorError, OneLxcError
 from onelxc.model import STATE, VmPaths
-from onelxc.root import cgroups, fence, freezer, holders, hub, leases, lock, orphans, rawview, record, release
+from onelxc.root import (
+    cgroups,
+    fence,
+    freezer,
+    holders,
+    hub,
+    leases,
+    lock,
+    orphans,
+    rawview,
+    record,
+    release,
+    standing,
+    starts,
+)
 from onelxc.root.journal import Entry, Journal
 from onelxc.root.leases import State
 from onelxc.root.work import Work
@@ -52,10 +67,11 @@ def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]
     for group in cgroups.groups():
         groups.setdefault(group.vm_id, []).append(group)
     lost = holders.lost_roots()
+    host = standing.HostTable()
     found = []
     for vm_id in _ours():
         try:
-            state = _look(vm_id, groups.get(vm_id, []), vm_id in lost, config, log)
+            state = _look(vm_id, groups.get(vm_id, []), host, vm_id in lost, config, log)
             found.append({"id": vm_id, "state": state})
         except Exception as error:  # whatever is wrong with one VM is no reason not to look at the others
             log(f"VM {vm_id}: {errors.told(error)}")
@@ -82,13 +98,21 @@ def _ours() -> list[int]:
     return sorted({*record.vm_ids(), *mounted})
 
 
-def _look(vm_id: int, groups: list[cgroups.Group], lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
+def _look(  # noqa: PLR0917
+    vm_id: int,
+    groups: list[cgroups.Group],
+    host: standing.HostTable,
+    lost: bool,
+    config: HostConfig,
+    log: Callable[[str], None],
+) -> str:
     entries = Journal(VmPaths(vm_id).journal, "reap").held()
     rawview.fail_lost(entries)
     unfinished = _left_unfinished(vm_id, entries)
     leased = leases.state(vm_id, entries, config) not in (State.LOST, State.WANTED)
     settled = leased and not unfinished and not leases.is_suspended(vm_id)
-    if _controlled(groups) and not lost and os.path.exists(VmPaths(vm_id).record) and settled:
+    deployed = not lost and os.path.exists(VmPaths(vm_id).record)
+    if settled and deployed and _controlled(groups) and not standing.fault(vm_id, groups, host):
         return _live_state(vm_id, groups)
     return _settle(vm_id, lost, config, log)
 
@@ -125,12 +149,15 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
     try:
         release.undo(work)  # what a killed helper left of an attach does not make the VM dead
         groups = list(cgroups.groups(vm_id))
+        fault = standing.fault(vm_id, groups, standing.HostTable())
+        if fault:
+            starts.tell(f"ended {names.deploy_id(vm_id)}: {fault}")
         deployed = os.path.exists(work.paths.record) and not (lost and vm_id in holders.lost_roots())
-        if deployed and (_controlled(groups) or _runs_again(vm_id)):
+        if deployed and not fault and (_controlled(groups) or _runs_again(vm_id)):
             if fence.attend(work):
                 return OFF
             return _live_state(vm_id, list(cgroups.groups(vm_id)))
-        log(f"releasing VM {vm_id}: " + ("its image was deleted" if lost else "it has ended"))
+        log(f"releasing VM {vm_id}: " + (fault or ("its image was deleted" if lost else "it has ended")))
         release.everything(work)
         return OFF
     finally:

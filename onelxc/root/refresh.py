@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from onelxc.errors import OneLxcError
-from onelxc.root import network, record, swap
+from onelxc.root import network, record, standing, swap
 from onelxc.root.work import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
@@ -33,6 +33,7 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 def settle(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb, for a container that has just been started from the staged or kept record: what libvirt cannot do."""
     found = record.newest(work.vm_id)
+    standing.enforce(work)
     if found is not None:
         swap.refresh(work, found)
         network.settle(found, work.log)
@@ -44,6 +45,7 @@ def refresh(work: Work) -> None:
     found = record.read(work.vm_id) if os.path.exists(work.paths.record) else None
     if found is None:
         return
+    standing.enforce(work)
     first: Exception | None = None
     for module, function in PARTS:
         try:

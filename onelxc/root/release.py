@@ -31,6 +31,7 @@ from onelxc.root import (
     rawview,
     rbd,
     record,
+    starts,
     validate,
     volumes,
 )
@@ -71,6 +72,7 @@ def everything(work: Work) -> None:
     steps.run(lambda: orphans.end(work.vm_id))
     steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
+    steps.run(lambda: starts.forget(work.vm_id))
     steps.run(lambda: _stop_vnc(work.vm_id))
     steps.run(lambda: remove_network_devices(work.vm_id))
     steps.run(lambda: _remove_ports(work))

@@ -1,8 +1,7 @@
-"""What does a root file system need before libvirt may start it, and which init is in it?
+"""Which init is in a root file system, and how a directory is made inside it.
 
 Everything here goes through a descriptor of the mounted root and openat2(RESOLVE_IN_ROOT): a tenant's symbolic links
-lead where they lead inside the container, and nowhere on the host. Call it on the mount *before* its ids are shifted,
-so that what is made belongs to the container's root.
+lead where they lead inside the container, and nowhere on the host. What libvirt needs before a start is `targets`'.
 """
 
 from __future__ import annotations
@@ -11,16 +10,11 @@ import errno
 import os
 import posixpath
 import stat
-from collections.abc import Iterable
 
 from onelxc.errors import StorageError, TemplateError
 from onelxc.model import Init
 from onelxc.root import syscalls
 
-OLD_ROOT = "/.oldroot"
-"""libvirt pivots through it, and cannot make it in a root that is read-only."""
-
-_NEEDED = (OLD_ROOT, "/proc", "/sys", "/dev")
 _BY_NAME = {
     "systemd": Init.SYSTEMD,
     "busybox": Init.BUSYBOX,
@@ -35,20 +29,6 @@ _BY_CONTENT = (
     (b"/dev/initctl", Init.SYSVINIT),
 )
 _LINKS = 40
-
-
-def prepare(root_fd: int, mount_points: Iterable[tuple[str, bool]]) -> None:
-    """Make what libvirt mounts over: its own places, and each of `mount_points` as (path, is a directory).
-
-    A read-only file system that has them already is fine.
-    """
-    for path in _NEEDED:
-        make_directory(root_fd, path)
-    for path, is_directory in mount_points:
-        if is_directory:
-            make_directory(root_fd, path)
-        else:
-            make_file(root_fd, path)
 
 
 def make_directory(root_fd: int, path: str) -> None:
@@ -79,16 +59,6 @@ def make_directory(root_fd: int, path: str) -> None:
         raise StorageError(f"Cannot make {below} in the root file system: {error.strerror}") from error
     finally:
         os.close(directory)
-
-
-def make_file(root_fd: int, path: str) -> None:
-    """An empty file inside the root, for a file to be mounted over."""
-    below = posixpath.normpath("/" + path.lstrip("/"))
-    make_directory(root_fd, posixpath.dirname(below))
-    try:
-        os.close(syscalls.openat2(root_fd, below, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY, 0o644))
-    except OSError as error:
-        raise StorageError(f"Cannot make {below} in the root file system: {error.strerror}") from error
 
 
 def find_init(root_fd: int, init: str) -> Init:

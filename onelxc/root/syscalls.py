@@ -44,6 +44,7 @@ _OPENAT2_TRIES = 1000
 
 _PR_GET_PDEATHSIG, _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 2, 3, 4
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 1, 38, 24, 47
+_PR_GET_SECUREBITS, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP = 27, 28, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID, CAP_SETGID, CAP_SETUID = 0, 1, 2, 3, 4, 6, 7
@@ -290,3 +291,17 @@ def file_ids(uid: int, gid: int) -> Iterator[None]:
             die_with_parent(signal_number.value)
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal_number.value)
+
+
+def keep_capabilities_over_ids() -> int:
+    """Keep the effective capabilities when the effective user becomes another; gives the bits for `set_securebits`."""
+    before = int(_libc.prctl(_PR_GET_SECUREBITS, 0, 0, 0, 0))
+    set_securebits(before | _SECBIT_NO_SETUID_FIXUP)
+    return before
+
+
+def set_securebits(bits: int) -> None:
+    """prctl(PR_SET_SECUREBITS)."""
+    ctypes.set_errno(0)
+    if _libc.prctl(_PR_SET_SECUREBITS, ctypes.c_ulong(bits), 0, 0, 0) != 0:
+        raise _failed("securebits")

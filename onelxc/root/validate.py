@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from onelxc import wire
 from onelxc.errors import HelperError, StorageError
 from onelxc.model import Disk, Vm
+from onelxc.root import targets
 
 if TYPE_CHECKING:
     from onelxc.config import HostConfig
@@ -134,12 +135,11 @@ def check_disk(disk: Disk) -> None:
 
 
 def mount_point(disk: Disk) -> str:
-    """Where a data disk goes inside the container: an absolute path without `..`, and not the root."""
-    point = posixpath.normpath(disk.mount_point)
+    """Where a data disk goes inside the container: an absolute path without `..`, and none of libvirt's own."""
+    targets.refuse_special(disk.mount_point)
+    point = posixpath.normpath("/" + disk.mount_point.lstrip("/"))
     if len(point) > _LONGEST_POINT or point.count("/") > _DEEPEST_POINT:
         raise StorageError(f"Cannot mount disk {disk.disk_id} at {disk.mount_point!r}: too long, or too deep, a path")
-    if ".." in disk.mount_point.split("/") or point in ("/", "//") or not point.startswith("/"):
-        raise StorageError(f"Cannot mount disk {disk.disk_id} at {disk.mount_point!r}: not a path below /")
     return point
 
 

@@ -14,13 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from onelxc.root import check
+from onelxc.root import check, starts
 from tests.support import machine
 from tests.support.frontends import REPOSITORY
 from tests.support.vms import Vm
 from tests.support.waiting import wait_until
 
-PLACES = ("/usr/lib/onelxc", "/etc/onelxc", "/etc/sudoers.d", "/etc/systemd", "/usr/sbin", "/etc/group")
+PLACES = (
+    "/usr/lib/onelxc",
+    "/etc/onelxc",
+    "/etc/sudoers.d",
+    "/etc/libvirt/hooks",
+    "/etc/systemd",
+    "/usr/sbin",
+    "/etc/group",
+)
 
 
 def node(*arguments: str, ok: bool = True, **environment: str) -> str:
@@ -171,6 +179,29 @@ def test_uninstall_with_a_container(vm: Callable[..., Vm]) -> None:
 
 
 # Only root installs; anybody may look at what would be done.
+def test_the_hook_is_there_and_those_of_others_stay(vm: Callable[..., Vm]) -> None:
+    """An upgrade from a version without one, and a libvirtd that has been running all the while."""
+    hook, others = Path(starts.HOOK), Path("/etc/libvirt/hooks/lxc")
+    hook.unlink()
+    others.write_text("#!/bin/sh\nexit 0\n")
+    try:
+        with machine.libvirtd_away("stop"):
+            pass
+        assert any("hook" in str(problem) for problem in check.hook(str(hook)))
+        node()
+        assert list(check.hook(str(hook))) == []
+        vm().deployed().booted()
+        hook.chmod(0o644)
+        assert ["is not executable" in str(problem) for problem in check.hook(str(hook))] == [True]
+        node()
+        assert list(check.hook(str(hook))) == []
+        node("--uninstall", ok=False)  # a container runs
+        assert hook.exists()
+        assert others.read_text() == "#!/bin/sh\nexit 0\n"
+    finally:
+        others.unlink()
+
+
 def test_needs_root() -> None:
     done = as_oneadmin(os.path.join(REPOSITORY, "install.sh"), "node", "--no-packages")
     assert done.stderr == "install.sh: node has to be run as root, on the host: sudo ./install.sh node\n"

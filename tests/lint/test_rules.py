@@ -163,6 +163,7 @@ WRITERS = {
     "onelxc.root.check",
     "onelxc.root.cli",
     "onelxc.root.consoles",
+    "onelxc.root.guard",
     "onelxc.root.session",
     "onelxc.root.terminal",
 }

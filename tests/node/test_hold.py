@@ -15,7 +15,7 @@ import pytest
 from onelxc import hypervisor
 from onelxc.config import HostConfig
 from onelxc.model import VmPaths
-from onelxc.root import cgroups, hold, reap, record
+from onelxc.root import cgroups, hold, reap, record, starts
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 from tests.support import machine
@@ -109,6 +109,7 @@ def test_a_lost_container_is_started_once_more_or_found_to_be_off(lost: tuple[Co
         vm_id = int(second[4:])
         os.makedirs(VmPaths(vm_id).state, 0o700)
         record.write_json(VmPaths(vm_id).record, {})
+        os.chmod(starts.HOOK, 0o755)  # it was not ours when it was started: as one from before the hook was put there
         assert {"id": vm_id, "state": "running"} in reap.verb(HostConfig(), {}, print)["vms"]
         init = libvirt.domain(second).init_pid()
         (root.root / "go").touch()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onelxc import hypervisor
 from onelxc.model import VmPaths, deploy_id
+from onelxc.root import starts
 from onelxc.root.consoles import socket_path
 from tests.support.waiting import wait_until
 
@@ -72,6 +73,7 @@ class Container:
             if domain is not None:
                 domain.end()
         subprocess.run(["rm", "-rf", VmPaths(self.vm_id).mounts, VmPaths(self.vm_id).state], check=True)
+        starts.forget(self.vm_id)
         for path in (VmPaths(self.vm_id).console_log, VmPaths(self.vm_id).console_log + ".1"):
             Path(path).unlink(missing_ok=True)
 
