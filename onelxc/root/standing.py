@@ -20,11 +20,12 @@ from onelxc.root.work import Work
 SETUP_S = 30.0
 """How long libvirt may take to set a container up. Until then process 1 is libvirt's own and sees all of the host."""
 
-TABLE_BYTES = 64 << 20
-"""Of a container's mount table: the kernel allows 100,000 mounts (fs.mount-max) of some hundred bytes."""
+TABLE_BYTES = 32 << 20
+"""Of a container's mount tables together. The kernel allows 100,000 mounts in each (fs.mount-max), usually of some
+hundred bytes."""
 
-PROCESSES = 64
-"""So many mount namespaces of a container are looked into."""
+VIEWS, PROCESSES = 64, 4096
+"""So many mount namespaces, and processes, of a container are looked at."""
 
 _PRIVILEGED_KINDS = frozenset(
     (
@@ -87,7 +88,7 @@ def fault(vm_id: int, groups: Sequence[cgroups.Group], host: HostTable, *, at_st
         return ""
     why = _unguarded(vm_id, controller, at_start) or _holds(vm_id, init, groups, host)
     # one that has ended meanwhile, by a reboot, is not the one that runs
-    return why if why and orphans.is_controller(controller) else ""
+    return why if why and orphans.processes_of(cgroups.groups(vm_id)) == found else ""
 
 
 def _in_setup(controller: int, init: int) -> bool:
@@ -114,8 +115,10 @@ def _unguarded(vm_id: int, controller: int, at_start: bool) -> str:
 
 def _holds(vm_id: int, init: int, groups: Sequence[cgroups.Group], host: HostTable) -> str:
     allowed: _Allowed | None = None
+    left = TABLE_BYTES
     for process in _one_of_each_view(init, groups):
-        text, cut = mounttable.read(f"/proc/{process}/mountinfo", TABLE_BYTES)
+        text, cut = mounttable.read(f"/proc/{process}/mountinfo", left)
+        left -= len(text)
         if cut:
             return "it has more mounts than can be looked at"
         for row in mounttable.foreign(text, vm_id, host.devices):
@@ -131,8 +134,8 @@ def _one_of_each_view(init: int, groups: Sequence[cgroups.Group]) -> list[int]:
     found = {_view(init): init}
     controllers = {group.controller for group in groups}
     for group in groups[:1]:  # a process is in every hierarchy
-        for process in cgroups.processes(group.path):
-            if process not in controllers and len(found) < PROCESSES:
+        for process in cgroups.processes(group.path)[:PROCESSES]:
+            if process not in controllers and len(found) < VIEWS:
                 found.setdefault(_view(process), process)
     return list(found.values())
 

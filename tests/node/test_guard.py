@@ -135,7 +135,7 @@ def test_proc_sys_and_dev_replaced_from_inside(vm: NewVm, form: dict[str, str]) 
     one = vm(user_template=form).deployed().booted()
     one.inside(
         "mkdir -p /under /media/x; mount --bind / /under; cd /under;"
-        " rmdir proc sys; rm -rf dev; ln -s media/x proc; ln -s /media/x sys; echo no > dev; umount -l /under"
+        " rmdir proc sys; rm -rf dev; ln -s media/x proc; ln -s /media/x sys; echo no > dev; cd /; umount /under"
     )
     reboots(one, 2)
     is_safe(one)
@@ -266,11 +266,11 @@ def test_a_link_on_a_disk_that_is_mounted_before(vm: NewVm, tmp_path: Path) -> N
 def test_disks_in_disks_and_behind_harmless_links_run(
     vm: NewVm, archive: Callable[[Change], str], tmp_path: Path
 ) -> None:
-    one = vm(archive(lambda root: (root / "data").symlink_to("home")))
+    one = vm(archive(lambda root: (root / "data").symlink_to("var")))
     one.add_disk(data_image(tmp_path, "one", lambda top: (top / "x").mkdir()), TARGET="/data/d")
-    one.add_disk(data_image(tmp_path, "two", lambda top: (top / "here").write_text("")), TARGET="/home/d/x")
+    one.add_disk(data_image(tmp_path, "two", lambda top: (top / "here").write_text("")), TARGET="/var/d/x")
     one.deployed().booted()
-    assert one.inside("ls /home/d/x").split() == ["here", "lost+found"]
+    assert one.inside("ls /var/d/x").split() == ["here", "lost+found"]
     reboots(one, 2)
     assert one.inside("ls /data/d/x").split() == ["here", "lost+found"]
     is_safe(one)
