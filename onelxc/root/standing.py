@@ -170,10 +170,7 @@ def _allowed(vm_id: int, init: int, host: HostTable) -> _Allowed:
     except (OSError, StorageError):
         filesystems = []
     places = {
-        place
-        for each in filesystems
-        if each.kind in ("mount", "block") and not each.tenants
-        for place in _place(each.source, host.rows)
+        place for each in filesystems if each.kind in ("mount", "block") for place in _place(each.source, host.rows)
     }
     return _Allowed(_is_privileged(init), places)
 
