@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from onelxc import config
-from onelxc.errors import OneLxcError
+from onelxc.errors import ConfigurationError, OneLxcError
 from onelxc.model import VmPaths
 from onelxc.root import leases, record
 from onelxc.root.consoles import complain
@@ -32,6 +32,7 @@ class Keeper(threading.Thread):
         self._attend = attend
         self._busy: set[int] = set()
         self._due: dict[int, float] = {}
+        self._policy = config.HostConfig()
         self._alive: dict[str, float] = {}
         """Token of a lease: a time at which it was ours for certain, by the file server's clock."""
 
@@ -47,8 +48,15 @@ class Keeper(threading.Thread):
                     complain(f"leases: {told}")
             time.sleep(SUSPENDED_S)
 
+    def _read_policy(self) -> config.HostConfig:
+        """A configuration that is wrong stops deploys; those who run keep their disks."""
+        try:
+            return config.host()
+        except ConfigurationError:
+            return self._policy
+
     def _turn(self) -> None:
-        policy = config.host()
+        policy = self._policy = self._read_policy()
         now = time.monotonic()
         running = set(record.vm_ids())
         for gone in set(self._due) - running:

@@ -59,7 +59,7 @@ class Seen:
 
 def name_for(image: str) -> str:
     """The lease of the file `image` in the same directory."""
-    return f".onelxc-{image}.lease"
+    return f".{image}.onelxc-lease"
 
 
 def read(directory: int, name: str) -> Seen | None:

@@ -213,7 +213,7 @@ class _Taking:
         if alive and watched_s > limit / 2 and not ending:
             raise self._error(f"{who} has it and does not let go; end its container there")
         age = self._draft.now() - (seen.arrived if seen.is_copy else seen.refreshed)
-        if age >= limit and watched_s >= (0 if seen.is_copy else limit / 4):
+        if age >= limit and not alive and watched_s >= (0 if seen.is_copy else limit / 4):
             self._work.log(f"{who} has given no sign of life for {age:.0f} s: taking {self._disk.path} over")
             return True
         if watched_s > 2 * limit:

@@ -22,6 +22,8 @@ _MADE_FOR = re.compile(r"one-(?:sys|[0-9]+)-([0-9]+-[0-9]+)\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
 _CONFIGURATION = re.compile(r"/etc/ceph/[A-Za-z0-9_][\w.-]*\Z", re.ASCII)
 _MAP_S = 120.0
+_KERNELS = "/sys/bus/rbd/devices"
+"""What the kernel has mapped."""
 
 
 def open_image(work: Work, disk: Disk) -> int:
@@ -77,9 +79,14 @@ def _options(disk: Disk) -> list[str]:
 
 
 def give_back(work: Work, what: dict[str, Any]) -> None:
-    """Unmap; an image that is not mapped is unmapped."""
+    """Unmap; an image that is not mapped is unmapped, also where rbd itself cannot run."""
     image, options = str(what["image"]), [str(word) for word in what["options"]]
-    device = _mapped(image, options)
+    try:
+        device = _mapped(image, options)
+    except StorageError:
+        if os.path.isdir(_KERNELS) and os.listdir(_KERNELS):
+            raise
+        return
     if device is not None:
         _rbd(["unmap", device, *options], f"unmap the Ceph image {image}")
 

@@ -13,7 +13,7 @@ import pytest
 
 from onelxc import config
 from onelxc.errors import StorageError
-from onelxc.model import Disk
+from onelxc.model import Disk, VmPaths
 from onelxc.root import filesystems, loops, rbd
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
@@ -383,10 +383,20 @@ def test_the_helper_maps_no_image_that_was_made_for_another_disk(tmp_path: Path,
     assert (ceph / "mapped").read_text() == ""
 
 
+def test_what_was_never_mapped_needs_no_rbd_to_be_given_back(vm: NewVm) -> None:
+    """On a host without it."""
+    one = vm(None)
+    one.disks.append({"DISK_ID": 0, "TARGET": "sda", "SOURCE": "one/one-7", **CEPH})
+    assert "rbd" in one.driver.message(one.deploy())
+    one.act("cancel").ok()
+    assert not os.path.exists(VmPaths(one.vm_id).state)
+
+
 @pytest.mark.generation(MONITORD)
 def test_a_ceph_image_grows_while_mounted(vm: NewVm, ceph: Path) -> None:
     """Its transfer manager leaves that to the driver; a volatile disk, which has a name of its own in the pool."""
     one = vm(images.busybox_ext4())
+    one.tm_mad = "ceph"
     empty(ceph / f"one-sys-{one.vm_id}-1", XFS_MB)
     volatile = {"TYPE": "fs", "FORMAT": "raw", "FS": "xfs", "DISK_TYPE": "RBD", "POOL_NAME": "one"}
     one.disks.append({"DISK_ID": 1, "TARGET": "sdb", "SIZE": str(XFS_MB), **volatile})

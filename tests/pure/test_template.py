@@ -322,8 +322,8 @@ def test_the_system_datastore_says_where_a_volatile_disk_is(tm_mad: str, path: s
     volatile = {"DISK_ID": 1, "TYPE": "fs", "SIZE": 10, "FORMAT": "raw", "DISK_TYPE": claimed, **OTHERS}
     xml = vm_xml(
         24, {"MEMORY": 64, "DISK": [DISK, volatile]}, name="x", deploy_id="", host="h", user_template={}, state=3,
-        lcm_state=2, ds_id=0,
-    ).replace("<![CDATA[ssh]]>", tm_mad)  # fmt: skip
+        lcm_state=2, ds_id=0, tm_mad=tm_mad,
+    )  # fmt: skip
     disk = template.parse(xml.encode(), 24, "/one/24/images", Policy()).data_disks[0]
     assert (disk.path, disk.source) == (path, "")
     assert (disk.ceph_user, disk.ceph_conf) == (("admin", "/etc/ceph/b.conf") if tm_mad == "ceph" else ("", ""))

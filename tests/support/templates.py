@@ -39,6 +39,7 @@ def vm_xml(
     state: int,
     lcm_state: int,
     ds_id: int,
+    tm_mad: str = "ssh",
     extra: str = "",
 ) -> str:
     """7.x's <VM>."""
@@ -47,7 +48,7 @@ def vm_xml(
     head = "".join(f"<{key}>{value}</{key}>" for key, value in plain.items())
     history = (
         f"<HISTORY_RECORDS><HISTORY><OID>{vm_id}</OID><SEQ>0</SEQ><HOSTNAME>{host}</HOSTNAME><HID>2</HID><CID>0</CID>"
-        f"<VM_MAD><![CDATA[lxc]]></VM_MAD><TM_MAD><![CDATA[ssh]]></TM_MAD><DS_ID>{ds_id}</DS_ID></HISTORY>"
+        f"<VM_MAD><![CDATA[lxc]]></VM_MAD><TM_MAD><![CDATA[{tm_mad}]]></TM_MAD><DS_ID>{ds_id}</DS_ID></HISTORY>"
         "</HISTORY_RECORDS>"
     )
     return (

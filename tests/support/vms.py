@@ -66,6 +66,8 @@ class Vm:
         self.user_template = dict(user_template)
         self.disks: list[dict[str, Any]] = []
         self.ds_id = ds_id
+        self.tm_mad = "ssh"
+        """The system datastore's."""
         self.top = f"/var/lib/one/{vm_id}" if driver.pull else f"/var/lib/one/datastores/{self.ds_id}/{vm_id}"
         self.directory = os.path.join(self.top, "images") if driver.pull else self.top
         self.deployments = 0
@@ -136,6 +138,7 @@ class Vm:
             state=state,
             lcm_state=lcm_state,
             ds_id=self.ds_id,
+            tm_mad=self.tm_mad,
             extra=extra,
         )
 
