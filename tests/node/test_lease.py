@@ -177,6 +177,17 @@ def test_a_suspended_one_is_let_go_when_another_host_asks(
     assert one.name not in machine.domains()
 
 
+def test_one_that_somebody_removed_by_hand_comes_back(vm: NewVm, short: None) -> None:
+    one = vm().deployed().booted()
+    first, before = machine.init_pid(one.name), lease(one)
+    assert before is not None
+    wait_until(lambda: (seen := lease(one)) is not None and seen.refreshed > before.refreshed, "a sign of life")
+    time.sleep(3)  # the hub remembers when it saw it
+    os.unlink(one.path(leasefile.name_for("disk.0")))
+    wait_until(lambda: lease(one) is not None, "the lease")
+    assert machine.init_pid(one.name) == first
+
+
 def test_what_another_host_has_is_refused_here(vm: NewVm, short: None, host_b: Callable[[Vm], OtherHost]) -> None:
     one = vm()
     other = host_b(one)
