@@ -28,7 +28,7 @@ def test_template(tried: Try, case: str) -> None:
         one.one.add_nic("br0", **aim["nic"])
     if one.run("deploy").code == 0:
         one.run("reboot")
-        one.probes()
+        one.probes("vm/status", "vm/monitor")
 
 
 def test_documents(tried: Try) -> None:
