@@ -27,7 +27,6 @@ _V2 = re.compile(r"machine-lxc-(\d+)-(.+)\.scope\Z")
 _PARENTS = ("machine", "machine.slice")
 WALK_S = 30.0
 """Some 300,000 groups."""
-_SYSTEMDS = ("init.scope", "system.slice", "user.slice")
 
 
 @dataclass(frozen=True)
@@ -176,66 +175,6 @@ def _remove(name: str, directory: int | None = None) -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def own_named(vm_id: int, first_id: int) -> tuple[str, str] | None:
-    """Make a group of the VM's own in the named hierarchy, on hosts of version 1 without systemd: (path, mount point).
-
-    A systemd in the container has to make groups there. libvirt puts no container into a group of its own in it and
-    shows the whole of it, so that two of them would meet in one init.scope, which belongs to the first. Mounted over
-    the mount point inside, this one is the container's alone. It is named as a slice, since systemd finds the unit of
-    a process by skipping the slices of its path.
-    """
-    if os.path.isdir("/run/systemd/system"):
-        return None
-    for point, kind in hierarchies():
-        if kind.startswith("name="):
-            path = os.path.join(point, f"onelxc-{vm_id}.slice")
-            os.makedirs(path, 0o755, exist_ok=True)
-            for each in (path, *(entry.path for entry in _entries(path) if entry.is_file(follow_symlinks=False))):
-                os.chown(each, first_id, first_id)
-            return path, point
-    return None
-
-
-def take_back(ids: range) -> None:
-    """Take back what systemd in a container made beside the container's own groups, on v1 hosts without systemd.
-
-    libvirt gives the container's root the top group of the named hierarchy (name=systemd), which no container has for
-    itself, and a privileged root has them all. What is made there (init.scope and others) belongs to the ids of one
-    container: a systemd in the next one could not enter it.
-    """
-    if os.path.isdir("/run/systemd/system"):
-        return
-    for point, kind in hierarchies():
-        if not kind:
-            continue
-        for entry in _entries(point):
-            # the container's own group, and what an earlier driver's or a privileged container's systemd made
-            if entry.name in _SYSTEMDS or (kind.startswith("name=") and _owned(entry.path, ids)):
-                _remove_unused(entry)
-        if kind.startswith("name=") and _owned(point, ids):
-            for path in (point, *(entry.path for entry in _entries(point) if entry.is_file(follow_symlinks=False))):
-                os.chown(path, 0, 0)
-
-
-def _remove_unused(entry: os.DirEntry[str]) -> None:
-    """Remove a group that nobody is in. Somebody may come just then: not our group any more."""
-    with contextlib.suppress(OSError):
-        if entry.is_dir(follow_symlinks=False) and not any(each_process(entry.path)):
-            remove(entry.path, limit_s=0.5)
-
-
-def _entries(path: str) -> list[os.DirEntry[str]]:
-    with os.scandir(path) as entries:
-        return list(entries)
-
-
-def _owned(path: str, ids: range) -> bool:
-    try:
-        return os.stat(path).st_uid in ids
-    except FileNotFoundError:
-        return False
 
 
 def limited(group: Group) -> str:

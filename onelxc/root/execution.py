@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from onelxc import command, containers, executions, jsontext, kernelfile, names
 from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
 from onelxc.model import VmPaths
-from onelxc.root import apart, cgroups, orphans, record, syscalls
+from onelxc.root import apart, cgroups, named_group, orphans, record, syscalls
 from onelxc.root.exec_runner import BEGUN, Result, Runner, Target
 from onelxc.root.work import Work
 
@@ -234,6 +234,9 @@ def _groups(vm_id: int, controller: int, init: int) -> list[int]:
             fds.append(os.open(os.path.join(path, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
     if not fds:
         raise HypervisorError(f"Cannot execute in {names.deploy_id(vm_id)}: its control groups are not found")
+    named = named_group.procs(vm_id)
+    if named is not None:
+        fds.append(os.open(named, os.O_WRONLY | os.O_CLOEXEC))
     return fds
 
 

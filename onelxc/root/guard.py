@@ -85,14 +85,24 @@ def secure(domain: Domain) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`onelxc-guard NAME start begin -`, as libvirt calls a hook. One line on stderr and 1 where it refuses."""
+    """`onelxc-guard NAME start begin -`, as libvirt calls a hook. One line on stderr and 1 where it refuses.
+
+    At "started" and "stopped" a start is over: only `named_group` has something to do then.
+    """
     vm_id = names.vm_id_of(argv[0]) if argv else None
-    if vm_id is None or argv[1:2] != ["start"]:
+    operation = argv[1] if argv[1:] else ""
+    if vm_id is None or operation not in ("start", "started", "stopped"):
         return 0
     os.umask(0o022)
     try:
-        secure(Domain(sys.stdin.buffer.read()))
-        starts.mark(vm_id)
+        if operation == "start":
+            secure(Domain(sys.stdin.buffer.read()))
+        if not os.path.isdir("/run/systemd/system"):
+            from onelxc.root import named_group
+
+            named_group.at_hook(vm_id, operation)
+        if operation == "start":
+            starts.mark(vm_id)
     except OneLxcError as error:
         return _refuse(vm_id, str(error))
     except OSError as error:

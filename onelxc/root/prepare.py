@@ -81,9 +81,6 @@ def prepare(work: Work, vm: Vm) -> Prepared:
     if vm.context is not None:
         _context(work, vm.context, id_base)
         found.append(Mount(work.paths.context, CONTEXT, True))
-    if init is Init.SYSTEMD and id_base is not None:
-        own = cgroups.own_named(work.vm_id, id_base)
-        found.extend([Mount(*own)] if own else [])
     prepared = Prepared(
         root=work.paths.root,
         id_base=id_base,

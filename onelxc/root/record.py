@@ -108,6 +108,8 @@ def publish(work: Work) -> None:
 
 def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"cpu": cores, "vcpu": n, "memory_kib": n}`, written down for the commit that says they are so."""
+    from onelxc.root import limits
+
     found = read(work.vm_id)
     if found is None:
         raise StorageError(f"Cannot resize VM {work.vm_id}: there is no record of how it was deployed")
@@ -115,6 +117,7 @@ def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     new = wire.decode(Vm, asked)
     if not (new.cpu > 0 and new.vcpu > 0 and new.memory_kib > 0):
         raise StorageError(f"Cannot resize VM {work.vm_id}: CPU, VCPU and MEMORY have to be above 0")
+    limits.make_room(work.vm_id, new.memory_kib)
     stage(work, dataclasses.replace(found.vm, cpu=new.cpu, vcpu=new.vcpu, memory_kib=new.memory_kib), found.prepared)
     return {}
 

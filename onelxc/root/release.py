@@ -26,6 +26,7 @@ from onelxc.root import (
     leases,
     leaving,
     mounts,
+    named_group,
     neighbours,
     orphans,
     rawview,
@@ -70,7 +71,7 @@ def everything(work: Work) -> None:
     steps.run(lambda: flushing.thaw(work.paths))
     rawview.fail_lost(entries)
     steps.run(lambda: orphans.end(work.vm_id))
-    steps.run(lambda: cgroups.take_back(range(first, first + ID_RANGE)))
+    steps.run(lambda: named_group.remove(work.vm_id, range(first, first + ID_RANGE)))
     steps.run(lambda: execution.forget(work.vm_id))
     steps.run(lambda: starts.forget(work.vm_id))
     steps.run(lambda: _stop_vnc(work.vm_id))

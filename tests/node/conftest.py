@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# a host of cgroup version 2 has no such hierarchy
+collect_ignore = ["test_cgroups_named.py"] if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else []
 
 
 @pytest.fixture(autouse=True)
