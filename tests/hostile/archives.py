@@ -200,6 +200,7 @@ CASES: dict[str, Callable[[], bytes]] = {
         )
         + END
     ),
+    "oldroot leads to media": lambda: root() + directory("media") + symlink(".oldroot", "media") + END,
     "os-release is a pipe": lambda: root() + directory("etc") + member("etc/os-release", kind=b"6") + END,
     "os-release is a device": lambda: root() + member("etc/os-release", kind=b"3", device=(1, 5)) + END,
     "os-release has control characters": lambda: root() + member("etc/os-release", b'ID="\x1b[2J\x9b31m"\n' * 9) + END,

@@ -86,6 +86,7 @@ i=0; while [ $i -lt 30 ]; do (trap '' TERM HUP INT; sleep 3) & i=$((i + 1)); don
 }
 
 ONCE: dict[str, str] = {
+    "ln oldroot": "mkdir -p /media/x; rmdir /.oldroot; ln -s media/x /.oldroot",
     "ln proc": "umount -l /proc; rmdir /proc; ln -s /sys /proc",
     "ln run": f"rm -rf /run; ln -s {CANARY} /run",
     "ln media": "rm -rf /media; ln -s / /media",

@@ -174,6 +174,10 @@ def disk(**attributes: Any) -> dict[str, Any]:
 
 
 TEMPLATES: dict[str, dict[str, Any]] = {
+    "a volatile disk that names an image of Ceph": disk(
+        TYPE="fs", SIZE="10", DISK_TYPE="RBD", SOURCE="one/one-7", CLONE="NO"
+    ),
+    "an image of Ceph on a host that has none": disk(DISK_TYPE="RBD", SOURCE="one/one-7", CLONE="NO"),
     "a volatile disk that names the host's image": disk(TYPE="fs", SIZE="10", SOURCE=SECRET_IMAGE, CLONE="NO"),
     "a swap disk that names the host's device": disk(TYPE="swap", SIZE="10", DISK_TYPE="BLOCK", SOURCE="/dev/vda"),
     "a disk of the host's": disk(DISK_TYPE="BLOCK", SOURCE="/dev/vda", TYPE="BLOCK"),
