@@ -13,26 +13,26 @@ from __future__ import annotations
 import os
 
 from onelxc import kernelfile
-from onelxc.root import cgroups, record
-from onelxc.root.work import Work
+from onelxc.model import Vm
+from onelxc.root import cgroups
 
 DELEGATED = "/sys/kernel/cgroup/delegate"
 _STANDARD = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 
 
-def refresh(work: Work, found: record.Record) -> None:
+def settle(vm: Vm) -> None:
     """After a start, and after the container has restarted by itself."""
-    for group in cgroups.groups(work.vm_id):
+    for group in cgroups.groups(vm.vm_id):
         if group.kind:
             continue  # version 1: libvirt gives away nothing of these
         path = cgroups.limited(group)
         if take_back(path):
             from onelxc import domainxml  # needed on version 2 alone
 
-            cgroups.write(path, "memory.max", str(found.vm.memory_kib << 10))
-            cgroups.write(path, "cpu.max", f"{domainxml.cpu_quota_us(found.vm.vcpu)} {domainxml.PERIOD_US}")
+            cgroups.write(path, "memory.max", str(vm.memory_kib << 10))
+            cgroups.write(path, "cpu.max", f"{domainxml.cpu_quota_us(vm.vcpu)} {domainxml.PERIOD_US}")
         if path != group.path:
-            cgroups.write(group.path, "memory.max", str(found.vm.memory_kib << 10))
+            cgroups.write(group.path, "memory.max", str(vm.memory_kib << 10))
 
 
 def make_room(vm_id: int, memory_kib: int) -> None:

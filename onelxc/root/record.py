@@ -17,6 +17,7 @@ from onelxc import jsontext, model, wire
 from onelxc.errors import HelperError, StorageError
 from onelxc.model import Prepared, Vm, VmPaths
 from onelxc.names import is_number
+from onelxc.root import limits
 from onelxc.root.journal import make_state_directory
 from onelxc.root.work import Work
 
@@ -108,8 +109,6 @@ def publish(work: Work) -> None:
 
 def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb: `{"cpu": cores, "vcpu": n, "memory_kib": n}`, written down for the commit that says they are so."""
-    from onelxc.root import limits
-
     found = read(work.vm_id)
     if found is None:
         raise StorageError(f"Cannot resize VM {work.vm_id}: there is no record of how it was deployed")

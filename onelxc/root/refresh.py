@@ -12,12 +12,11 @@ import os
 from typing import Any
 
 from onelxc.errors import OneLxcError
-from onelxc.root import limits, network, record, standing, swap
+from onelxc.root import network, record, standing, swap
 from onelxc.root.work import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
     ("onelxc.root.hold", "refresh"),
-    ("onelxc.root.limits", "refresh"),
     ("onelxc.root.swap", "refresh"),
     ("onelxc.root.network", "refresh"),
     ("onelxc.root.livedisks", "refresh"),
@@ -36,7 +35,6 @@ def settle(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     found = record.newest(work.vm_id)
     standing.enforce(work)
     if found is not None:
-        limits.refresh(work, found)
         swap.refresh(work, found)
         network.settle(found, work.log)
     return {}

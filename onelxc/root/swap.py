@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 
-from onelxc.root import cgroups, record
+from onelxc.root import cgroups, limits, record
 from onelxc.root.work import Work
 
 
 def refresh(work: Work, found: record.Record) -> None:
     """After a start, and after the container has restarted by itself. A kernel that counts no swap has no such file."""
+    limits.settle(found.vm)  # first, so that nobody else writes to it
     for group in cgroups.groups(work.vm_id):
         path = cgroups.limited(group)
         if not group.kind and os.path.exists(os.path.join(path, "memory.swap.max")):
