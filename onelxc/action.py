@@ -96,7 +96,7 @@ def main(name: str, run: Callable[[Action], str | None]) -> NoReturn:
 
 def told(action: str, vm_id: int | None, text: str) -> str:
     """An error's text so that it names the VM: `Cannot deploy VM 5: cannot …`."""
-    if vm_id is None or re.search(rf"\b(VM |one-){vm_id}\b", text):
+    if vm_id is None or (text.startswith("Cannot ") and re.search(rf"\b(VM |one-){vm_id}\b", text)):
         return text
     if text.startswith("Cannot "):
         text = "cannot " + text[len("Cannot ") :]

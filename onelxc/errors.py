@@ -79,6 +79,10 @@ class NoSuchDomainError(HypervisorError):
     """libvirt knows no domain of that name."""
 
 
+class LibvirtGoneError(HypervisorError):
+    """libvirt's daemon was restarted, or does not answer; what the container does has nothing to do with it."""
+
+
 class HelperError(OneLxcError):
     """The root helper is missing, refused the request or is of another version."""
 

@@ -1,7 +1,8 @@
 """Is there anything to tell of commands in containers? A look at two kinds of files, for root and for the probe.
 
     /run/onelxc/exec/N.run     "<pid> <start time>" of the process that attends the VM's command, while it lives
-    /run/onelxc/exec/N.done    the result, root's, until it was told; its time of modification is when it may be
+    /run/onelxc/exec/N.done    the result, root's, until it was told; its time of modification is when it may be, in
+                               seconds since boot, which nobody sets back
 
 Reads only; who writes and removes them is `root.execution`.
 """
@@ -9,9 +10,8 @@ Reads only; who writes and removes them is `root.execution`.
 from __future__ import annotations
 
 import os
-import time
 
-from onelxc import names
+from onelxc import names, samples
 
 DIRECTORY = f"{names.RUN}/exec"
 
@@ -34,7 +34,7 @@ def pending() -> list[tuple[int, str]]:
             continue
         vm_id = int(number)
         lost = kind == "run" and f"{number}.done" not in entries and not running(vm_id)
-        if lost or (kind == "done" and _modified(path(vm_id, kind)) <= time.time()):
+        if lost or (kind == "done" and _modified(path(vm_id, kind)) <= samples.now_s()):
             found.append((vm_id, path(vm_id, kind)))
     return found
 

@@ -25,19 +25,25 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import libvirt
 
-from onelxc.errors import HypervisorError, NoSuchDomainError
+from onelxc.errors import HypervisorError, LibvirtGoneError, NoSuchDomainError
 from onelxc.model import Init
 
 URI = "lxc:///"
 
+ANSWER_S = 30.0
+"""How long libvirt's daemon may take to answer a new connection."""
+KEEPALIVE_S, KEEPALIVES = 6, 5
+"""A daemon that leaves so many messages in these intervals without any answer does not work any more."""
 GONE_LIMIT_S = 30.0
 EXEC_LIMIT_S = 15.0
 IN_HAND_S = 1.0
@@ -48,6 +54,7 @@ INIT_GONE_S = 2.0
 init go on like that for ever."""
 
 _T = TypeVar("_T")
+_loop_of = 0
 
 # The client library prints every error on stderr by itself, and OpenNebula shows stderr to its user.
 libvirt.registerErrorHandler(lambda _context, _error: None, None)
@@ -94,12 +101,7 @@ class Hypervisor:
     """One connection to the host's libvirt."""
 
     def __init__(self, uri: str = URI) -> None:
-        try:
-            self._connection = libvirt.open(uri)
-        except libvirt.libvirtError as error:
-            raise HypervisorError(
-                f"Cannot reach libvirt ({uri}): {_text(error)}", code=error.get_error_code()
-            ) from None
+        self._connection = _open(uri)
 
     def close(self) -> None:
         try:
@@ -360,6 +362,50 @@ class Domain:
         _call(f"Cannot set the CPU of {self.name}", lambda: self._handle.setSchedulerParametersFlags(values, flags))
 
 
+def _open(uri: str) -> Any:
+    """A connection whose calls end when the daemon hangs. LibvirtGoneError where there is none.
+
+    Keepalives tell that, in both directions, for which an event loop has to run. While a connection is made there are
+    none yet, so another thread makes it.
+    """
+    result: list[Any] = []
+
+    def connect() -> None:
+        try:
+            connection = libvirt.open(uri)
+            if uri == URI:
+                connection.setKeepAlive(KEEPALIVE_S, KEEPALIVES)
+            result.append(connection)
+        except libvirt.libvirtError as error:
+            result.append(error)
+
+    _start_event_loop()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not result:
+        raise LibvirtGoneError(f"Cannot reach libvirt ({uri}): its daemon does not answer; {_ADVICE}")
+    if isinstance(result[0], libvirt.libvirtError):
+        error = result[0]
+        raise LibvirtGoneError(f"Cannot reach libvirt ({uri}): {_text(error)}; {_ADVICE}", code=error.get_error_code())
+    return result[0]
+
+
+def _start_event_loop() -> None:
+    """Once for each process; a child that was forked has none, and no connection either."""
+    global _loop_of
+    if _loop_of == os.getpid():
+        return
+    _loop_of = os.getpid()
+    libvirt.virEventRegisterDefaultImpl()
+    threading.Thread(target=_run_events, daemon=True).start()
+
+
+def _run_events() -> None:
+    while True:
+        _ignoring_errors(libvirt.virEventRunDefaultImpl)
+
+
 def init_of(controller: int) -> int | None:
     """The host's pid of the container's PID 1: the controller's only child. None if there is none."""
     try:
@@ -407,8 +453,20 @@ def _text(error: libvirt.libvirtError) -> str:
     return text
 
 
+_ADVICE = "see `systemctl status libvirtd` on this host, then do it again"
+
+
+def _is_lost(error: libvirt.libvirtError) -> bool:
+    """Whether libvirt's daemon, or the connection to it, has gone, rather than said no."""
+    return error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE) or (
+        error.get_error_code() == libvirt.VIR_ERR_INTERNAL_ERROR and "keepalive" in str(error)
+    )
+
+
 def _error(doing: str, error: libvirt.libvirtError) -> HypervisorError:
     code = error.get_error_code()
+    if _is_lost(error):
+        return LibvirtGoneError(f"{doing}: the connection to libvirt is lost ({_text(error)}); {_ADVICE}", code=code)
     kind = NoSuchDomainError if code == libvirt.VIR_ERR_NO_DOMAIN else HypervisorError
     return kind(f"{doing}: {_text(error)}", code=code)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onelxc import wire
-from onelxc.errors import HypervisorError, NoSuchDomainError
+from onelxc.errors import HypervisorError, LibvirtGoneError, NoSuchDomainError
 from onelxc.hypervisor import IN_HAND_S, REBOOT_SIGNALS, STOP_SIGNALS, Domain, Hypervisor, State
 from onelxc.model import Init, Prepared, Vm
 
@@ -93,7 +93,8 @@ def start(hypervisor: Hypervisor, xml: str, name: str) -> Domain:
             if domain.in_hand(IN_HAND_S * 2**number):
                 return domain
         except BaseException:
-            domain.end()
+            with contextlib.suppress(HypervisorError):  # the first error is told; the helper ends what is left
+                domain.end()
             raise
         domain.end()
     raise HypervisorError(f"Cannot start {name}: libvirt has lost its connection to the container {STARTS} times")
@@ -167,6 +168,8 @@ def quoting(console: Callable[[], str]) -> Iterator[None]:
     """Complete the error of a container that would not start with the last lines on its console."""
     try:
         yield
+    except LibvirtGoneError:
+        raise
     except HypervisorError as error:
         said = " / ".join(console().splitlines()[-QUOTED_LINES:])
         if not said:

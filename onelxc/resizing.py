@@ -39,6 +39,12 @@ def resize(domain: Domain, before: Vm, vm: Vm, prepared: Prepared) -> None:
         raise
 
 
+def apply(domain: Domain, vm: Vm, prepared: Prepared) -> None:
+    """Give the container the limits of `vm`, whatever it uses."""
+    _set_memory(domain, vm, prepared)
+    _set_cpu(domain, vm, prepared)
+
+
 def _set_memory(domain: Domain, vm: Vm, prepared: Prepared) -> None:
     domain.set_memory(limit_kib=vm.memory_kib, swap_limit_kib=domainxml.swap_hard_limit(vm, prepared))
 

@@ -38,8 +38,10 @@ class Session:
         times = ["--started", f"{_started():.2f}", "--wait", f"{wait_s:g}"]
         self._process, self._stderr = _start(["session", str(vm_id), verb, *times])
         self._buffer = b""
+        self._wait_s = wait_s
+        self._name = ""
         try:
-            self._answer()
+            self._name = str(self._answer().get("session", ""))
         except BaseException:
             self.close()
             raise
@@ -78,7 +80,20 @@ class Session:
             stdin.flush()
         except (BrokenPipeError, ValueError):
             pass  # why it went is in its answer
-        return self._answer()
+        try:
+            return self._answer()
+        except _NoAnswerError:
+            if verb != "kept" and self._kept():
+                return {}
+            raise
+
+    def _kept(self) -> bool:
+        """Whether the helper, killed before it could answer, had kept everything already. If not, it is undone then."""
+        try:
+            with Session(self.vm_id, self.verb, self._report, self._wait_s) as again:
+                return bool(again.call("kept", session=self._name)["kept"])
+        except OneLxcError:
+            return False
 
     def check(self) -> None:
         """GiveUpError if the helper was asked to stop meanwhile. For loops that wait without calling it."""
@@ -125,7 +140,7 @@ class Session:
         while True:
             line = self._line()
             if line is None:
-                raise HelperError(_why_no_answer(self._process, self._stderr))
+                raise _NoAnswerError(_why_no_answer(self._process, self._stderr))
             if not line:
                 continue  # what a worker that was broken off had begun to say ends here
             message = _parse(line)
@@ -148,6 +163,10 @@ class Session:
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+
+class _NoAnswerError(HelperError):
+    """The helper has ended in the midst of something."""
 
 
 def open_session(vm_id: int, verb: str, report: Report, *, wait_s: float = 120) -> Session:

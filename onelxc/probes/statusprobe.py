@@ -1,9 +1,9 @@
 """Which VMs run here, and which have ended? vm/status, every five seconds, and the state in 3.2.1's poll.
 
 Looking costs nothing but the kernel's files. Only when something has changed (or every three minutes, or while
-somebody works on a VM) the root helper is asked, which first lets go of what a dead container held and then says so:
-OpenNebula may move or delete the disks the moment it reads POWEROFF. It also knows which frozen container is one that
-we suspended, and which is only held still while its disks are copied.
+somebody works on a VM or something remains to be done) the root helper is asked, which first lets go of what a dead
+container held and then says so: OpenNebula may move or delete the disks the moment it reads POWEROFF. It also knows
+which frozen container is one that we suspended, and which is only held still while its disks are copied.
 
 oned ignores what it is told within 30 s after it changed a VM's state itself (InformationManager.cc), so each change
 is repeated for a minute.
@@ -16,6 +16,10 @@ import sys
 
 from onelxc import cgroup, containers, helperinfo, kernelfile, monitoring, mounttable, names, samples, usage
 from onelxc.errors import HelperError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 FILE = "onelxc-vm-status"
 SYNC_S = 180
@@ -43,18 +47,20 @@ def run() -> str:
     # a new client has to say all at once: monitord has forgotten what the one before it said
     sync = kept.get("parent") != os.getppid() or now - kept.get("synced", 0.0) >= _sync_period_s()
     seen = look()
-    states, asked = before, float(kept.get("asked", 0.0))
+    states, asked, unfinished = before, float(kept.get("asked", 0.0)), bool(kept.get("unfinished"))
     frozen = any("/frozen" in one for one in seen)
-    unsettled = BUSY in before.values() or any(map(_is_left, seen))
+    unsettled = kept.get("unfinished") or BUSY in before.values() or any(map(_is_left, seen))
     if sync or seen != kept.get("seen") or unsettled or (frozen and now - asked >= PAUSED_S):
-        states, asked = {**_running(seen), **verdicts()}, now
+        answers = helperinfo.ask("reap")["vms"]
+        states, asked = {**_running(seen), **_states(answers)}, now
+        unfinished = any(vm.get("error") for vm in answers)
         # of what the helper no longer knows nothing is held any more, whoever let go of it
         states.update({vm: OFF for vm, state in before.items() if vm not in states and state != OFF})
     changed = {vm: at for vm, at in kept.get("changed", {}).items() if vm in states and now - at < REPEAT_S}
     changed.update({vm: now for vm, state in states.items() if state != before.get(vm)})
     synced = now if sync else kept["synced"]
     new = {"parent": os.getppid(), "synced": synced, "asked": asked, "seen": seen, "states": states, "changed": changed}
-    samples.save(FILE, new)
+    samples.save(FILE, {**new, "unfinished": unfinished})
     told = sorted(states if sync else changed, key=int)
     text = "".join(monitoring.vm_state(int(vm), names.deploy_id(int(vm)), WORDS[states[vm]]) for vm in told)
     return (monitoring.all_states() if sync else "") + text
@@ -78,7 +84,11 @@ def reap_if_needed() -> str:
 
 def verdicts() -> dict[str, str]:
     """How each VM of ours is, by its number as text, after what was dead has been let go."""
-    return {str(vm["id"]): str(vm["state"]) for vm in helperinfo.ask("reap")["vms"] if vm["state"] in WORDS}
+    return _states(helperinfo.ask("reap")["vms"])
+
+
+def _states(answers: list[dict[str, Any]]) -> dict[str, str]:
+    return {str(vm["id"]): str(vm["state"]) for vm in answers if vm["state"] in WORDS}
 
 
 def look() -> list[str]:

@@ -69,11 +69,10 @@ class ConsoleLog:
 def begin(vm_id: int) -> None:
     """Put the log of an earlier run aside, so that what is quoted is said by this one."""
     path = VmPaths(vm_id).console_log
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     try:
         os.replace(path, path + ".1")
-    except FileNotFoundError:
-        pass
+    except OSError:
+        pass  # there is none, or it goes on in the same one
 
 
 def tail(vm_id: int, lines: int = 10) -> tuple[str, ...]:

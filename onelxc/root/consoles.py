@@ -306,9 +306,12 @@ def _ours(vm_id: int) -> bool:
 
 
 def complain(text: str) -> None:
-    """A line for the hub's own log, which is where its stderr goes."""
-    sys.stderr.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + line(text) + "\n")
-    sys.stderr.flush()
+    """A line for the hub's own log, which is where its stderr goes. Lost where that is full."""
+    try:
+        sys.stderr.write(time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + line(text) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
 
 
 def _listen(path: str) -> socket.socket:

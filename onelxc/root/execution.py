@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from onelxc import command, containers, executions, jsontext, kernelfile, names
+from onelxc import command, containers, executions, jsontext, kernelfile, names, samples
 from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
 from onelxc.model import VmPaths
-from onelxc.root import apart, cgroups, named_group, orphans, record, syscalls
+from onelxc.root import apart, cgroups, durable, freezer, named_group, orphans, syscalls
 from onelxc.root.exec_runner import BEGUN, Result, Runner, Target
 from onelxc.root.work import Work
 
@@ -57,7 +57,7 @@ def start(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         raise HypervisorError(
             f"Cannot execute in {names.deploy_id(work.vm_id)}: a command is still being executed there"
         )
-    if record.paused(work.vm_id):
+    if freezer.reason(work.vm_id):
         raise HypervisorError(f"Cannot execute in {names.deploy_id(work.vm_id)}: it is suspended")
     forget(work.vm_id)
     begin(work.vm_id, text, stdin, work.config.exec_timeout_s)
@@ -106,11 +106,8 @@ def finished(config: HostConfig, request: dict[str, Any], log: Callable[[str], N
 
 def forget(vm_id: int) -> None:
     """Remove what is kept of the VM's last command. Also for `release`."""
-    for kind in ("run", "done"):
-        try:
-            os.unlink(executions.path(vm_id, kind))
-        except FileNotFoundError:
-            pass
+    for kind in ("run", "done", "run.tmp", "done.tmp"):
+        durable.remove(executions.path(vm_id, kind))
 
 
 def begin(vm_id: int, text: str, stdin: bytes, limit_s: float, *, told: bool = True) -> None:
@@ -150,12 +147,21 @@ def _daemon(vm_id: int, runner: Runner, on_start: int, *, told: bool) -> None:
         if not told:
             runner.run(on_start)
             return
-        _write(vm_id, "run", f"{os.getpid()} {executions.start_time(os.getpid())}", 0o644)
-        not_before = time.time() + HOLD_S
+        who = f"{os.getpid()} {executions.start_time(os.getpid())}"
+        try:
+            durable.replace(executions.path(vm_id, "run"), who.encode(), mode=0o644, flush=False)
+        except OSError as error:
+            os.write(on_start, f"{executions.DIRECTORY}: {error.strerror}".encode())
+            return
+        not_before = samples.now_s() + HOLD_S
         result = runner.run(on_start)
         if result.begun and not result.cancelled and os.path.isdir(VmPaths(vm_id).state):
-            _write(vm_id, "done", json.dumps(_told(result)), 0o600, max(not_before, time.time()))
-        os.unlink(executions.path(vm_id, "run"))
+            # if that fails, the file of who attended it stays: it is told that there is no result
+            at = max(not_before, samples.now_s())
+            durable.replace(
+                executions.path(vm_id, "done"), json.dumps(_told(result)).encode(), modified=at, flush=False
+            )
+        durable.remove(executions.path(vm_id, "run"))
     finally:
         os._exit(0)
 
@@ -288,20 +294,16 @@ def _told(result: Result) -> dict[str, Any]:
 
 
 def _lost() -> dict[str, Any]:
-    return _told(Result(0, 137, b"", b"", "the process that attended the command was killed", begun=True))
-
-
-def _write(vm_id: int, kind: str, text: str, mode: int, modified: float | None = None) -> None:
-    path = executions.path(vm_id, kind)
-    temporary = path + ".new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    with open(fd, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fchmod(fd, mode)
-        if modified is not None:
-            os.utime(fd, (modified, modified))
-    os.rename(temporary, path)
+    return _told(
+        Result(
+            0,
+            137,
+            b"",
+            b"",
+            "its result was lost: what attended the command was killed, or could not write to /run",
+            begun=True,
+        )
+    )
 
 
 def _close(*fds: int) -> None:

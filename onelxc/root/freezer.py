@@ -34,6 +34,11 @@ def is_frozen(groups: Iterable[cgroups.Group]) -> bool:
     return False
 
 
+def reason(vm_id: int) -> str:
+    """Why the container stands still, "" if it does not. The freezer's word counts; what is noted only says why."""
+    return (record.paused(vm_id) or SUSPEND) if is_frozen(cgroups.groups(vm_id)) else ""
+
+
 def freeze(vm_id: int) -> None:
     """Stop every task of the container. HypervisorError, with it going on, if some task does not stop."""
     groups = _freezers(vm_id)
@@ -67,7 +72,8 @@ def verb_freeze(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     why = str(request.get("why", SUSPEND))
     if why not in (SUSPEND, SNAPSHOT):
         raise HypervisorError(f"Cannot suspend {names.deploy_id(work.vm_id)}: not a reason: {why!r}")
-    before = record.paused(work.vm_id)
+    before = reason(work.vm_id)
+    kept = work.journal.take("suspended") if why == SUSPEND and not before else 0
     # a suspended container whose disks are copied is a suspended one still
     record.set_paused(work.vm_id, before or why)
     try:
@@ -76,23 +82,51 @@ def verb_freeze(work: Work, request: dict[str, Any]) -> dict[str, Any]:
             flushing.freeze(work.paths)
         else:
             flushing.flush_all(work.paths)
+        if kept:
+            work.journal.commit()
     except BaseException:
         flushing.thaw(work.paths)
         if not before:
             thaw(work.vm_id)
             record.set_paused(work.vm_id, "")
         raise
+    if kept:
+        work.journal.gave_back(kept)
     return {}
+
+
+def give_back(work: Work, what: dict[str, Any]) -> None:
+    """Let a container go on whose suspension was not finished."""
+    try:
+        verb_thaw(work, {})
+    except NoSuchDomainError:
+        record.set_paused(work.vm_id, "")
 
 
 def verb_thaw(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb `thaw`. With `{"why": "snapshot"}`, a container that its user suspended stays so."""
+    """The verb `thaw`. With `{"why": "snapshot"}`, a container that its user suspended stays so.
+
+    A restore that dies leaves it suspended; who ends a container needs nothing written for that.
+    """
     flushing.thaw(work.paths)
     if request.get("why") == SNAPSHOT and record.paused(work.vm_id) == SUSPEND:
         return {}
+    kept = work.journal.take("resumed") if work.verb == "restore" and reason(work.vm_id) else 0
     thaw(work.vm_id)
+    if kept:
+        work.journal.commit()
+        work.journal.gave_back(kept)
     record.set_paused(work.vm_id, "")
     return {}
+
+
+def suspend_again(work: Work, what: dict[str, Any]) -> None:
+    """The journal's `resumed`: OpenNebula was told that the container did not go on."""
+    try:
+        freeze(work.vm_id)
+        flushing.flush_all(work.paths)
+    except NoSuchDomainError:
+        pass  # its end is found by itself
 
 
 def _freezers(vm_id: int) -> tuple[cgroups.Group, ...]:

@@ -5,8 +5,8 @@ attached people) and `keeper` (whose disks are leased). After a reboot from insi
 put back what libvirt does not, and `onelxc-root attend one-N` see to a VM whose disks another host has or wants:
 processes of their own that take the VM's lock, so that the daemon never waits. It decides nothing about a VM's life.
 
-Killed, it begins anew where it was: the containers' output waits in their ptys meanwhile, and `hub.seen` tells which
-of them rebooted when nobody looked.
+Killed, it begins anew where it was: the containers' output waits in their ptys meanwhile, and `runs` tells which of
+them have not got back everything since their reboot. That is tried until it is done.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from onelxc import command, config, errors, jsontext
 from onelxc.errors import ConfigurationError, HelperError
 from onelxc.names import RUN, deploy_id
-from onelxc.root import consolelog
+from onelxc.root import consolelog, durable, lock, runs
 from onelxc.root.consoles import Consoles, complain
 from onelxc.root.events import Gone, Started, Watcher
 from onelxc.root.hub import LOG, PID, START, make_run_directory, private, program
@@ -36,6 +36,8 @@ SEEN = os.path.join(RUN, "hub.seen")
 LOG_LIMIT = 256 * 1024
 IDLE_S = 60.0
 EXPIRE_EACH_S = 600.0
+RETRY_S, RETRY_MAX_S = 2.0, 60.0
+"""After how long a refresh that failed is tried again: twice as long each time."""
 WORKERS_AT_ONCE = 8
 """So many that those of containers which make theirs wait hold up nobody else's."""
 
@@ -43,7 +45,9 @@ WORKERS_AT_ONCE = 8
 class Hub:
     """The daemon."""
 
-    def __init__(self, idle_s: float, log_limit: int) -> None:
+    def __init__(self, held: int, idle_s: float, log_limit: int) -> None:
+        """`held` is the locked pid file."""
+        self._held = held
         self._idle_s = idle_s
         self._events: queue.SimpleQueue[Started | Gone] = queue.SimpleQueue()
         self._running = _read_seen()
@@ -53,6 +57,9 @@ class Hub:
         self._keeper = Keeper(self._wanted.put)
         self._waiting: deque[tuple[str, int]] = deque()
         self._working: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+        self._failed: dict[int, tuple[int, float]] = {}
+        """How often the refresh of a VM has failed, and when it is tried again."""
+        self._due_at = 0.0
         self._stopped = False
         self._ready = False
         self._busy_at = time.monotonic()
@@ -87,10 +94,12 @@ class Hub:
             changed = True
             if isinstance(event, Gone):
                 self._running.pop(event.vm_id, None)
+                self._failed.pop(event.vm_id, None)
                 self._consoles.gone(event.vm_id)
                 continue
             self._running[event.vm_id] = event.domain_id
             if event.rebooted:
+                runs.note_reboot(event.vm_id)
                 self._wait("refresh", event.vm_id)
             if event.pty >= 0:
                 try:
@@ -112,6 +121,9 @@ class Hub:
                 del self._working[verb, vm_id]
                 if process.returncode:
                     complain(f"{deploy_id(vm_id)}: {verb} ended with {process.returncode}")
+                if verb == "refresh":
+                    self._count(vm_id, failed=bool(process.returncode))
+        self._look_for_due()
         while self._waiting and len(self._working) < WORKERS_AT_ONCE:
             ready = next((one for one in self._waiting if one not in self._working), None)
             if ready is None:
@@ -127,17 +139,36 @@ class Hub:
                 )
             except (OSError, HelperError) as error:
                 complain(f"{deploy_id(vm_id)}: {verb}: {error}")
+                if verb == "refresh":
+                    self._count(vm_id, failed=True)
+
+    def _look_for_due(self) -> None:
+        """Every refresh that is due and not under way, but for one that has just failed."""
+        now = time.monotonic()
+        if now < self._due_at:
+            return
+        self._due_at = now + RETRY_S
+        for vm_id, controller in self._running.items():
+            under_way = ("refresh", vm_id) in self._working or now < self._failed.get(vm_id, (0, 0.0))[1]
+            if not under_way and (vm_id in self._failed or runs.due(vm_id, controller)):
+                self._wait("refresh", vm_id)
+
+    def _count(self, vm_id: int, *, failed: bool) -> None:
+        times = self._failed.pop(vm_id, (0, 0.0))[0] + 1
+        if failed:
+            self._failed[vm_id] = times, time.monotonic() + min(RETRY_MAX_S, RETRY_S * 2**times)
 
     def _housekeeping(self) -> None:
         now = time.monotonic()
         if not self._ready and self._watcher.looked.is_set() and self._events.empty():
             self._ready = True
-            with open(PID, "a") as held:
-                held.write("ready\n")
+            _write_down(self._held, b"ready\n")
         if now - self._expired_at > EXPIRE_EACH_S:
             self._expired_at = now
             consolelog.expire()
         _bound_own_log()
+        if not lock.is_at(self._held, PID):
+            self._stopped = True  # somebody has cleared /run; the next hub does not know of this one
         if self._running or len(self._consoles) or self._working or self._waiting or not self._ready:
             self._busy_at = now
         elif now - self._busy_at > self._idle_s and _may_end(self._idle_s):
@@ -146,15 +177,15 @@ class Hub:
 
 def _may_end(idle_s: float) -> bool:
     """Whether nobody has asked for the hub lately; then, under the starters' lock, the pid file is gone too."""
-    with private(START) as start:
-        try:
+    try:
+        with private(START) as start:
             fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.stat(PID).st_mtime < idle_s:
+            if abs(time.time() - os.stat(PID).st_mtime) < idle_s:
                 return False
             os.unlink(PID)
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        return True
+            return True
+    except OSError:
+        return False
 
 
 def _read_seen() -> dict[int, int]:
@@ -191,6 +222,25 @@ def _log_limit() -> int:
         return consolelog.LIMIT
 
 
+def _open_log() -> None:
+    """stderr goes to our own log; where that cannot be, nowhere."""
+    try:
+        os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
+        log = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.dup2(log, 2)
+        os.close(log)
+    except OSError:
+        pass
+
+
+def _write_down(held: int, text: bytes) -> None:
+    """A line of the pid file. Containers need the hub more than others need what is written there."""
+    try:
+        durable.write_all(held, text)
+    except OSError as error:
+        complain(f"{PID}: {error.strerror}")
+
+
 def _lock(held: int) -> bool:
     """Lock the pid file; those who only look whether it is locked hold it for a moment."""
     for _ in range(50):
@@ -211,20 +261,17 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     os.umask(0o077)
     make_run_directory()
-    os.makedirs(os.path.dirname(LOG), 0o700, exist_ok=True)
     held = os.open(PID, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if not _lock(held):
         return 0
     os.ftruncate(held, 0)
-    os.write(held, f"{os.getpid()}\n".encode())
+    _write_down(held, f"{os.getpid()}\n".encode())
     if os.path.realpath("/proc/self/fd/2") == os.devnull:
-        log = os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        os.dup2(log, 2)
-        os.close(log)
+        _open_log()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     try:
-        hub = Hub(idle_s, _log_limit())
+        hub = Hub(held, idle_s, _log_limit())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda _number, _frame: hub.stop())
         hub.run()

@@ -6,9 +6,11 @@ A line is one of
 
     {"n": 7, "take": "mount", "by": "deploy", "path": "/var/lib/onelxc/mnt/5/root"}
     {"n": 7, "gone": true}
-    {"commit": 7}                all up to number 7 belongs to the VM now, not to the action that took it
+    {"commit": 7, "in": "…"}     all up to number 7 belongs to the VM now, not to the action that took it; which session
+                                 did that
 
-It does not know how anything is given back; `release` does.
+A line that cannot be written whole is an error and leaves nothing. That something is *gone* need not be written: who
+reads that it may be there finds that it is not. It does not know how anything is given back; `release` does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from typing import Any
 
 from onelxc import jsontext
 from onelxc.errors import StorageError
+from onelxc.root import durable
+
+LONG = 64
+"""Lines from which on it is written anew, without what is past."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,21 @@ class Entry:
 
 
 class Journal:
-    """The journal of one VM. To be used under the VM's lock only."""
+    """The journal of one VM. To be used under the VM's lock only.
 
-    def __init__(self, path: str, verb: str) -> None:
+    One that cannot be read (an I/O error) holds nothing, and takes nothing: a VM is ended by what the kernel knows.
+    """
+
+    def __init__(self, path: str, verb: str, session: str = "") -> None:
         self.path = path
         self.verb = verb
-        self._lines = _read(path)
-        self._next = max([int(line.get("n", 0)) for line in self._lines], default=0) + 1
+        self._session = session
+        self._problem: OSError | None = None
+        try:
+            self._lines = _read(path)
+        except OSError as error:
+            self._lines, self._problem = [], error
+        self._next = max([int(line.get("n") or line.get("commit") or 0) for line in self._lines], default=0) + 1
         self._fd = -1
 
     def take(self, kind: str, **what: Any) -> int:
@@ -51,12 +65,21 @@ class Journal:
         return number
 
     def gave_back(self, number: int) -> None:
-        """Entry `number` is no longer held."""
-        self._append({"n": number, "gone": True})
+        """Entry `number` is no longer held. Never an error: it is gone, whether or not that can be written down."""
+        line = {"n": number, "gone": True}
+        try:
+            self._append(line)
+        except StorageError:
+            self._lines.append(line)
 
     def commit(self) -> None:
         """Everything taken so far is the VM's own from now on."""
-        self._append({"commit": self._next - 1})
+        self._append({"commit": self._next - 1, "in": self._session})
+
+    def kept(self, session: str) -> bool:
+        """Whether the last commit was made in that session."""
+        last = next((line for line in reversed(self._lines) if "commit" in line), {})
+        return bool(session) and last.get("in") == session
 
     def held(self) -> list[Entry]:
         """What has not been given back, last taken first."""
@@ -74,14 +97,25 @@ class Journal:
             if "take" in line and line["n"] not in gone
         ]
 
+    def compact(self) -> None:
+        """Write it anew with what is held, where most of it is past. Not done where it cannot be written."""
+        held = {entry.number for entry in self.held()}
+        if len(self._lines) < LONG or len(self._lines) < 4 * len(held):
+            return
+        lines = [line for line in self._lines if "take" in line and line["n"] in held]
+        lines += [line for line in self._lines if "commit" in line][-1:]
+        try:
+            durable.replace(self.path, b"".join(map(_text, lines)))
+        except OSError:
+            return
+        self.close()
+        self._lines = lines
+
     def clear(self) -> None:
         """Nothing is held any more: remove the file."""
         self.close()
         self._lines = []
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        durable.remove(self.path)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -89,23 +123,36 @@ class Journal:
             self._fd = -1
 
     def _append(self, line: dict[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":")) + "\n"
+        size = -1
         try:
+            if self._problem is not None:
+                raise self._problem
             if self._fd < 0:
                 make_state_directory(os.path.dirname(self.path))
                 flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 self._fd = os.open(self.path, flags, 0o600)
-                # a power cut may have left half a line, which must not swallow the first of ours
-                size = os.fstat(self._fd).st_size
-                if size and os.pread(self._fd, 1, size - 1) != b"\n":
-                    text = "\n" + text
-                if not size:
-                    _sync_directory(os.path.dirname(self.path))
-            os.write(self._fd, text.encode())
+            size = os.fstat(self._fd).st_size
+            text = _text(line)
+            # a power cut may have left half a line, which must not swallow the first of ours
+            if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                text = b"\n" + text
+            durable.write_all(self._fd, text)
             os.fdatasync(self._fd)
+            if not size:
+                durable.sync_directory(os.path.dirname(self.path))
         except OSError as error:
+            self._cut(size)
             raise StorageError(f"Cannot write the journal {self.path}: {error.strerror}") from error
         self._lines.append(line)
+
+    def _cut(self, size: int) -> None:
+        """Take back a line that may not be on the disk: it must not be read as if it were."""
+        try:
+            if size >= 0:
+                os.ftruncate(self._fd, size)
+                os.fdatasync(self._fd)
+        except OSError:
+            pass
 
 
 def make_state_directory(path: str) -> None:
@@ -118,12 +165,8 @@ def make_state_directory(path: str) -> None:
     os.makedirs(path, 0o700, exist_ok=True)
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _text(line: dict[str, Any]) -> bytes:
+    return (json.dumps(line, separators=(",", ":")) + "\n").encode()
 
 
 def _read(path: str) -> list[dict[str, Any]]:
@@ -133,8 +176,6 @@ def _read(path: str) -> list[dict[str, Any]]:
             raw = file.read()
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise StorageError(f"Cannot read the journal {path}: {error.strerror}") from error
     lines = []
     for text in raw.split(b"\n"):
         try:

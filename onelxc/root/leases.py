@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelxc.errors import StorageError
 from onelxc.model import Disk, VmPaths
-from onelxc.root import leasefile, record, validate
+from onelxc.root import freezer, leasefile, record, validate
 from onelxc.root.journal import Entry, Journal
 from onelxc.root.leasefile import Draft, Lease, Seen
 
@@ -304,7 +304,7 @@ def renew(vm_id: int, entry: Entry, config: HostConfig, refreshed: float) -> Sta
 
 def is_suspended(vm_id: int) -> bool:
     """Whether the VM's container stands still because its user suspended it."""
-    return record.paused(vm_id) == "suspend"
+    return record.paused(vm_id) == freezer.SUSPEND and bool(freezer.reason(vm_id))
 
 
 def is_lost(vm_id: int, entries: Iterable[Entry], config: HostConfig) -> bool:

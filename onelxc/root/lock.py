@@ -7,6 +7,7 @@ mark with the time: a deploy whose process had already begun by then, but which 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from onelxc import jsontext
 from onelxc.errors import GiveUpError, HelperError
 from onelxc.model import VmPaths
+from onelxc.root import durable
 
+MARKS = os.path.dirname(VmPaths(0).lock)
 NEVER_INTERRUPTED = ("cancel", "release", "reap")
 """Verbs that only give things back: a cancel waits for them."""
 
@@ -33,7 +36,7 @@ class Holder:
 
 
 class VmLock:
-    """The lock of one VM, once held."""
+    """The lock of one VM, once held. `path` is "" for one that has no file."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -41,32 +44,84 @@ class VmLock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            os.unlink(self.path)
+            if self.path:
+                durable.remove(self.path)
             os.close(self._fd)
             self._fd = -1
 
 
 def try_acquire(vm_id: int, verb: str) -> VmLock | None:
-    """The lock if nobody holds it."""
+    """The lock if nobody holds it.
+
+    Where no file can be made (/run is full or read-only) the directory of all VMs' state is locked instead: one action
+    at a time then. Whoever has the one looks at the other, so that no two act on one VM.
+    """
     path = VmPaths(vm_id).lock
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        return _by_file(path, verb)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        return _by_directory(path, error)
+
+
+def _by_file(path: str, verb: str) -> VmLock | None:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+        if not _flock(fd):
             return None
-        except BaseException:
-            os.close(fd)
-            raise
-        if _is_at(fd, path):
+        if is_at(fd, path):
             break
         os.close(fd)
-    os.truncate(fd, 0)
+    lock = VmLock(path, fd)
+    directory = _open_directory()
+    if directory >= 0 and not _flock(directory, fcntl.LOCK_SH):
+        lock.release()
+        return None
+    if directory >= 0:
+        os.close(directory)
     holder = {"pid": os.getpid(), "started": started_of(os.getpid()), "verb": verb}
-    os.pwrite(fd, json.dumps(holder).encode(), 0)
-    return VmLock(path, fd)
+    try:
+        os.truncate(fd, 0)
+        durable.write_all(fd, json.dumps(holder).encode())
+    except OSError:
+        pass  # nobody can ask us to give up then
+    return lock
+
+
+def _by_directory(path: str, error: OSError) -> VmLock | None:
+    directory = _open_directory()
+    if directory < 0:
+        raise error
+    if not _flock(directory):
+        return None
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return VmLock("", directory)
+    os.close(fd)
+    os.close(directory)
+    return None  # a file is there after all: by that one, then
+
+
+def _open_directory() -> int:
+    try:
+        return os.open(os.path.dirname(VmPaths(0).state), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _flock(fd: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock is ours now. If not, the descriptor is closed."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        return True
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return False
+        raise
 
 
 def acquire(
@@ -137,7 +192,7 @@ def _ask_to_give_up(other: Holder) -> None:
         os.close(pidfd)
 
 
-def _is_at(fd: int, path: str) -> bool:
+def is_at(fd: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -152,10 +207,7 @@ def mark_give_up(vm_id: int) -> None:
     """Written by a cancel before it waits for the lock. The time is seconds since boot, sleep included."""
     path = _mark_path(vm_id)
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.write(f"{time.clock_gettime(time.CLOCK_BOOTTIME):.3f}")
-    os.rename(temporary, path)
+    durable.replace(path, f"{time.clock_gettime(time.CLOCK_BOOTTIME):.3f}".encode(), flush=False)
 
 
 def check_give_up(vm_id: int, verb: str, started: float) -> None:
@@ -176,15 +228,16 @@ def check_give_up(vm_id: int, verb: str, started: float) -> None:
 
 def forget_old_marks(age_s: float = 3600) -> None:
     """Marks of cancels that no deploy can be older than any more."""
-    directory = os.path.dirname(VmPaths(0).lock)
     try:
-        names = [name for name in os.listdir(directory) if name.endswith(".cancelled")]
-    except FileNotFoundError:
+        names = [name for name in os.listdir(MARKS) if name.endswith(".cancelled")]
+    except OSError:
         return
     for name in names:
-        path = os.path.join(directory, name)
+        path = os.path.join(MARKS, name)
         try:
-            if time.time() - os.stat(path).st_mtime > age_s:
+            with open(path) as file:
+                marked = float(file.read() or 0)
+            if time.clock_gettime(time.CLOCK_BOOTTIME) - marked > age_s:
                 os.unlink(path)
-        except FileNotFoundError:
+        except (OSError, ValueError):
             continue

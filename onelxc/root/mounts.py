@@ -170,13 +170,13 @@ def _fill_device(detached: Detached, target: str) -> None:
         detached.log(str(error))
 
 
-def unmount(target: str, *, limit_s: float = 10.0) -> None:
-    """Unmount everything at `target`, top first; a mount that is not there is success. Never lazily.
+def unmount(target: str, *, limit_s: float = 10.0, leave: int = 0) -> None:
+    """Unmount everything at `target`, top first, but the lowest `leave`; what is not there is success. Never lazily.
 
     Whoever holds it for a moment (a scanner, a probe) gets `limit_s` to let go.
     """
     deadline = time.monotonic() + limit_s
-    while is_mounted(target):
+    while mounted_below(target).count(target) > leave:
         try:
             syscalls.umount(target)
         except OSError as error:

@@ -6,8 +6,7 @@ renamed, addressed and raised from outside, in the container's network namespace
 
     new_nic     before libvirt attaches: refuse what the VM has already, journal it
     attach_nic  after it: make it ready inside, and stage the record with it
-    old_nic     before libvirt detaches: see that it can
-    detach_nic  after libvirt has detached: see that it is gone, and stage the record without it
+    detach_nic  the record without it is kept, then it leaves the container and the host
     settle      after a start or a reboot from inside: MTU and limits of all NICs
 """
 
@@ -19,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from onelxc import domainxml, model, wire
-from onelxc.errors import CommandError, HelperError, HypervisorError, NotSupportedError
+from onelxc.errors import CommandError, HelperError, HypervisorError, LibvirtGoneError, NotSupportedError
 from onelxc.model import Nic, Vm, nic_device
 from onelxc.names import ifb_device
-from onelxc.root import nics, ports, record, traffic
+from onelxc.root import nics, ports, record, release, traffic
 from onelxc.root.links import Link, Namespace
 from onelxc.root.work import Work
 
@@ -30,7 +29,7 @@ ARRIVES_S = 10.0
 
 
 def new_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: `{"nic": …}`; from here on the caller may attach it."""
+    """The verb: `{"nic": …}`; from here on the caller may attach it, unless it is `{"there": true}` already."""
     nic = _nic(work, request)
     found = _record(work)
     if nic.pci_address:
@@ -38,7 +37,14 @@ def new_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
             f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: a PCI interface moves into a container only when it"
             " starts: power the VM off first"
         )
-    if any(other.nic_id == nic.nic_id for other in found.vm.nics):
+    known = next((other for other in found.vm.nics if other.nic_id == nic.nic_id), None)
+    if known is not None and known.mac == nic.mac:
+        return {"there": True}
+    if known is not None and known.attach:
+        # an attach whose answer did not arrive: OpenNebula gives its number to the next one
+        work.log(f"NIC {nic.nic_id} is another one now: detaching the one before ({known.mac})")
+        detach_nic(work, {"nic_id": nic.nic_id})
+    elif known is not None:
         raise HelperError(f"Cannot attach NIC {nic.nic_id} to VM {work.vm_id}: it has a NIC of that number")
     with Namespace() as host:
         if host.link(nic.device) is not None:
@@ -47,7 +53,7 @@ def new_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
             )
         nics.look_at_bridge(host, work.vm_id, nic)
     work.journal.take("nic", nic=model.to_json(nic))
-    return {}
+    return {"there": False}
 
 
 def attach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
@@ -63,32 +69,41 @@ def attach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def old_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: `{"nic_id": …}`. A tenant who deletes his end deletes the pair; libvirt then fails to delete it once
-    more, and keeps the NIC for the next reboot. So another device takes its place, for libvirt to delete."""
-    nic = next((nic for nic in _record(work).vm.nics if nic.nic_id == request.get("nic_id")), None)
-    if nic is None:
-        return {}
-    with Namespace() as host:
-        if host.link(nic.device) is None:
-            work.journal.take("nic", nic=model.to_json(nic))
-            peer = ifb_device(work.vm_id, nic.nic_id)
-            traffic.clear(host, work.vm_id, nic.nic_id)
-            host.run("ip", "link", "add", nic.device, "type", "veth", "peer", "name", peer, verb=f"make {nic.device}")
-    return {}
-
-
 def detach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: `{"nic_id": …}`, which libvirt knows no more."""
+    """The verb: `{"nic_id": …}`. With the commit it is decided; a NIC that is not there is detached."""
     nic_id = wire.number(request, "nic_id")
     found = _record(work)
-    forget(work.vm_id, nic_id)
-    for entry in work.journal.held():
-        if entry.kind == "nic" and entry.what.get("nic", {}).get("nic_id") == nic_id:
-            work.journal.gave_back(entry.number)
-    rest = tuple(nic for nic in found.vm.nics if nic.nic_id != nic_id)
+    nic = next((nic for nic in found.vm.nics if nic.nic_id == nic_id), None)
+    if nic is None:
+        return {}
+    _ask_libvirt(work.vm_id)
+    work.journal.take("nic_leaves", nic=model.to_json(nic))
+    rest = tuple(other for other in found.vm.nics if other.nic_id != nic_id)
     record.stage(work, dataclasses.replace(found.vm, nics=rest), found.prepared)
+    record.commit(work, {})
+    release.finish(work)
     return {}
+
+
+def leave(work: Work, what: dict[str, Any]) -> None:
+    """The journal's `nic_leaves`, once committed: libvirt does not know the NIC any more, nothing of it is here."""
+    nic = wire.decode(Nic, what["nic"])
+    with Namespace() as host:
+        if host.link(nic.device) is None:
+            _put_in_its_place(host, work.vm_id, nic)
+    _detach(work.vm_id, nic)
+    forget(work.vm_id, nic.nic_id)
+    for entry in work.journal.held():
+        if entry.kind == "nic" and entry.what.get("nic", {}).get("nic_id") == nic.nic_id:
+            work.journal.gave_back(entry.number)
+
+
+def _put_in_its_place(host: Namespace, vm_id: int, nic: Nic) -> None:
+    """A tenant who deletes his end deletes the pair; libvirt then fails to delete it once more, and keeps the NIC for
+    the next reboot. So another device takes its place, for libvirt to delete."""
+    peer = ifb_device(vm_id, nic.nic_id)
+    traffic.clear(host, vm_id, nic.nic_id)
+    host.run("ip", "link", "add", nic.device, "type", "veth", "peer", "name", peer, verb=f"make {nic.device}")
 
 
 def refresh(work: Work, found: record.Record) -> None:
@@ -140,20 +155,31 @@ def give_back(work: Work, what: dict[str, Any]) -> None:
 
 
 def _detach(vm_id: int, nic: Nic) -> None:
+    """From libvirt's domain; where that does not know the NIC, or is not there, the device goes all the same."""
     from onelxc.hypervisor import Hypervisor  # libvirt costs 38 ms, and nearly always nothing is to be done
 
     try:
         with Hypervisor() as libvirt:
             domain = libvirt.find(model.deploy_id(vm_id))
-            if domain is not None:
+            if domain is not None and domain.has_interface(nic.device):
                 domain.detach_device(domainxml.render_interface(nic))
+    except LibvirtGoneError:
+        raise
     except HypervisorError:
-        pass  # it does not know the NIC, or is not there: the device goes all the same
+        pass
+
+
+def _ask_libvirt(vm_id: int) -> None:
+    """LibvirtGoneError if libvirt does not answer: before anything is decided that it is needed for."""
+    from onelxc.hypervisor import Hypervisor
+
+    with Hypervisor() as libvirt:
+        libvirt.domain(model.deploy_id(vm_id))
 
 
 def _with(vm: Vm, nic: Nic) -> tuple[Nic, ...]:
     kept = [other for other in vm.nics if other.nic_id != nic.nic_id]
-    return tuple(sorted([*kept, dataclasses.replace(nic, attach=False)], key=lambda other: other.nic_id))
+    return tuple(sorted([*kept, dataclasses.replace(nic, attach=True)], key=lambda other: other.nic_id))
 
 
 def _record(work: Work) -> record.Record:

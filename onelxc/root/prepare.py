@@ -30,6 +30,7 @@ from onelxc.root import (
     mounts,
     neighbours,
     nics,
+    placeholders,
     qcow2,
     rawview,
     rbd,
@@ -74,6 +75,8 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         devices.append((vm.root_disk.disk_id, device))
     found = []
     for disk in vm.data_disks:
+        work.journal.take("mount", path=work.paths.disk(disk.disk_id))
+        placeholders.put(work.paths.disk(disk.disk_id))
         device = mount_data_disk(work, disk, id_base)
         if disk.limits != IoLimits():
             devices.append((disk.disk_id, device))

@@ -38,6 +38,7 @@ from onelxc.root import (
     rawview,
     record,
     release,
+    runs,
     standing,
     starts,
 )
@@ -60,7 +61,8 @@ RUNNING, PAUSED, OFF, BUSY = "running", "paused", "off", "busy"
 def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """The verb: `{"vms": [{"id": 5, "state": "running" | "paused" | "off" | "busy", "error": …}]}`, by id.
 
-    "off" is said once: the VM is forgotten with it. `error` is why a dead VM cannot be released; it is "busy" then.
+    "off" is said once: the VM is forgotten with it. `error` is why a dead VM, "busy" then, cannot be released, or what
+    remains to be done for one that runs: whoever asked asks again soon.
     """
     lock.forget_old_marks()
     groups: dict[int, list[cgroups.Group]] = {}
@@ -71,8 +73,10 @@ def verb(config: HostConfig, request: dict[str, Any], log: Callable[[str], None]
     found = []
     for vm_id in _ours():
         try:
-            state = _look(vm_id, groups.get(vm_id, []), host, vm_id in lost, config, log)
-            found.append({"id": vm_id, "state": state})
+            state, problem = _look(vm_id, groups.get(vm_id, []), host, vm_id in lost, config, log)
+            found.append({"id": vm_id, "state": state, **({"error": problem} if problem else {})})
+            if problem:
+                log(f"VM {vm_id}: {problem}")
         except Exception as error:  # whatever is wrong with one VM is no reason not to look at the others
             log(f"VM {vm_id}: {errors.told(error)}")
             found.append({"id": vm_id, "state": BUSY, "error": errors.told(error)})
@@ -85,7 +89,7 @@ def _see_to_the_hub(log: Callable[[str], None]) -> None:
     """A hub that was killed comes back by the next look: without it chatty containers stand still after a while."""
     try:
         hub.ensure_running()
-    except OneLxcError as error:
+    except (OneLxcError, OSError) as error:
         log(str(error))
 
 
@@ -105,7 +109,8 @@ def _look(  # noqa: PLR0917
     lost: bool,
     config: HostConfig,
     log: Callable[[str], None],
-) -> str:
+) -> tuple[str, str]:
+    """(state, what remains to be done or "")."""
     entries = Journal(VmPaths(vm_id).journal, "reap").held()
     rawview.fail_lost(entries)
     unfinished = _left_unfinished(vm_id, entries)
@@ -119,7 +124,7 @@ def _look(  # noqa: PLR0917
 
 def _left_unfinished(vm_id: int, entries: list[Entry]) -> bool:
     """Whether a helper was killed amid something, which may keep the container frozen."""
-    return any(not entry.committed for entry in entries) and lock.holder(vm_id) is None
+    return any(map(release.is_unfinished, entries)) and lock.holder(vm_id) is None
 
 
 def _controlled(groups: list[cgroups.Group]) -> bool:
@@ -128,14 +133,17 @@ def _controlled(groups: list[cgroups.Group]) -> bool:
     return any(orphans.is_controller(pid) and orphans.children(pid) for pid in controllers)
 
 
-def _live_state(vm_id: int, groups: list[cgroups.Group]) -> str:
+def _live_state(vm_id: int, groups: list[cgroups.Group], problem: str = "") -> tuple[str, str]:
     """A container that is held still only while its disks are copied runs, to OpenNebula."""
+    controllers = {group.controller for group in groups if orphans.is_controller(group.controller)}
+    if not problem and any(runs.due(vm_id, pid) for pid in controllers):
+        problem = "not everything is back yet since its reboot; onelxc-hub sees to it"
     if freezer.is_frozen(groups) and record.paused(vm_id) != freezer.SNAPSHOT:
-        return PAUSED
-    return RUNNING
+        return PAUSED, problem
+    return RUNNING, problem
 
 
-def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], None]) -> str:
+def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], None]) -> tuple[str, str]:
     """Under the lock, with nobody at work on the VM: release it if it is dead indeed."""
     held = lock.try_acquire(vm_id, "reap")
     deadline = time.monotonic() + DYING_S
@@ -143,11 +151,11 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
         time.sleep(0.02)
         held = lock.try_acquire(vm_id, "reap")
     if held is None:
-        return BUSY
+        return BUSY, ""
     journal = Journal(VmPaths(vm_id).journal, "reap")
     work = Work(vm_id, "reap", journal, config, log)
     try:
-        release.undo(work)  # what a killed helper left of an attach does not make the VM dead
+        problem = _undo(work)  # what a killed helper left of an attach does not make the VM dead
         groups = list(cgroups.groups(vm_id))
         fault = standing.fault(vm_id, groups, standing.HostTable())
         if fault:
@@ -155,14 +163,24 @@ def _settle(vm_id: int, lost: bool, config: HostConfig, log: Callable[[str], Non
         deployed = os.path.exists(work.paths.record) and not (lost and vm_id in holders.lost_roots())
         if deployed and not fault and (_controlled(groups) or _runs_again(vm_id)):
             if fence.attend(work):
-                return OFF
-            return _live_state(vm_id, list(cgroups.groups(vm_id)))
+                return OFF, ""
+            return _live_state(vm_id, list(cgroups.groups(vm_id)), problem)
         log(f"releasing VM {vm_id}: " + (fault or ("its image was deleted" if lost else "it has ended")))
         release.everything(work)
-        return OFF
+        return OFF, ""
     finally:
         journal.close()
         held.release()
+
+
+def _undo(work: Work) -> str:
+    """Undo and finish; what keeps from that, which is no reason to keep a dead VM."""
+    try:
+        release.undo(work)
+        work.journal.compact()
+    except (OneLxcError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _runs_again(vm_id: int) -> bool:

@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from onelxc.errors import OneLxcError
-from onelxc.root import context, execution, mounts, record, validate
+from onelxc.root import context, execution, freezer, mounts, record, validate
 from onelxc.root.work import Work
 
 # one-context's service, by the guest's own means; where none is there, its program (see its one-context-reconfigure)
@@ -40,7 +40,7 @@ def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
         context.fill(iso, target, id_base=found.prepared.id_base if found else None)
     finally:
         os.close(iso)
-    if record.paused(work.vm_id):
+    if freezer.reason(work.vm_id):
         work.log("the container is suspended: it reads its context when it starts")
         return {}
     try:

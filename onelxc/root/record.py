@@ -17,7 +17,7 @@ from onelxc import jsontext, model, wire
 from onelxc.errors import HelperError, StorageError
 from onelxc.model import Prepared, Vm, VmPaths
 from onelxc.names import is_number
-from onelxc.root import limits
+from onelxc.root import durable, limits, runs
 from onelxc.root.journal import make_state_directory
 from onelxc.root.work import Work
 
@@ -87,11 +87,25 @@ def unstage(work: Work, what: dict[str, Any]) -> None:
 
 
 def commit(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb: what was taken so far belongs to the VM, and the staged record is its own."""
-    if work.journal.held():
+    """The verb: what was taken so far belongs to the VM, and the staged record is its own.
+
+    With the journal's line it is done; what follows is no error, since whoever comes next finishes it (`release.undo`).
+    """
+    held = work.journal.held()
+    if any(entry.kind == "domain" and not entry.committed for entry in held):
+        runs.note(work.vm_id, runs.controller(work.vm_id))
+    if held:
         work.journal.commit()
-    publish(work)
+    try:
+        publish(work)
+    except OSError as error:
+        work.log(f"{work.paths.record}: {error.strerror}")
     return {}
+
+
+def kept(work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The verb: `{"session": …}`, whether the last commit was that session's. For a caller whose helper was killed."""
+    return {"kept": work.journal.kept(str(request.get("session", "")))}
 
 
 def publish(work: Work) -> None:
@@ -102,7 +116,7 @@ def publish(work: Work) -> None:
     path = work.paths.record
     if os.path.exists(path + ".new"):
         os.rename(path + ".new", path)
-        sync_directory(os.path.dirname(path))
+        durable.sync_directory(os.path.dirname(path))
     for entry in staged:
         work.journal.gave_back(entry.number)
 
@@ -116,6 +130,7 @@ def resize(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     new = wire.decode(Vm, asked)
     if not (new.cpu > 0 and new.vcpu > 0 and new.memory_kib > 0):
         raise StorageError(f"Cannot resize VM {work.vm_id}: CPU, VCPU and MEMORY have to be above 0")
+    work.journal.take("limits")
     limits.make_room(work.vm_id, new.memory_kib)
     stage(work, dataclasses.replace(found.vm, cpu=new.cpu, vcpu=new.vcpu, memory_kib=new.memory_kib), found.prepared)
     return {}
@@ -131,11 +146,11 @@ def vm_ids() -> tuple[int, ...]:
 
 
 def paused(vm_id: int) -> str:
-    """Why the container is frozen ("suspend", "snapshot" …), "" if it is not."""
+    """What is noted: why the container is frozen ("suspend", "snapshot"), or "". Whether it is: `freezer.reason`."""
     try:
         with open(_paused_path(vm_id)) as file:
             return file.read().strip()
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 
@@ -143,7 +158,7 @@ def set_paused(vm_id: int, why: str) -> None:
     """Write down that the container is frozen, before it is; "" that it goes on, after it does."""
     path = _paused_path(vm_id)
     if not why:
-        _unlink(path)
+        durable.remove(path)  # one that stays is only a word: whether the container stands still the freezer says
         return
     _write(path, why.encode())
 
@@ -160,28 +175,9 @@ def write_json(path: str, data: Any) -> None:
 def _write(path: str, data: bytes) -> None:
     try:
         make_state_directory(os.path.dirname(path))
-        temporary = path + ".tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-        sync_directory(os.path.dirname(path))
+        durable.replace(path, data)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error.strerror}") from error
-
-
-def sync_directory(path: str) -> None:
-    """Make renames in a directory survive a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _unlink(path: str) -> None:

@@ -1,8 +1,9 @@
 """What of a container does not outlive its reboot from inside, and is put back? `onelxc-root refresh one-N`.
 
 libvirt starts the same domain anew: devices that it attached live come back, what others did to the running container
-does not. Called by the hub, under the VM's lock, when it has seen a new domain id. Each part puts back its own from the
-VM's record; that all is in place already is no error. One part's failure does not keep the others from trying.
+does not. Called by the hub, under the VM's lock, when it has seen a new domain id, and again until it has succeeded
+(`runs`). Each part puts back its own from the VM's record; that all is in place already is no error. One part's failure
+does not keep the others from trying.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 from typing import Any
 
 from onelxc.errors import OneLxcError
-from onelxc.root import network, record, standing, swap
+from onelxc.root import network, record, runs, standing, swap
 from onelxc.root.work import Work
 
 PARTS: tuple[tuple[str, str], ...] = (
@@ -25,8 +26,14 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The verb, for actions that have restarted the container themselves, under the lock that the hub waits for."""
-    refresh(work)
+    """The verb, for actions that have restarted the container themselves, under the lock that the hub waits for.
+
+    The container runs: what could not be put back is no failure of the action. It is tried again by the hub.
+    """
+    try:
+        refresh(work)
+    except (OneLxcError, OSError):
+        pass  # told already
     return {}
 
 
@@ -46,6 +53,7 @@ def refresh(work: Work) -> None:
     if found is None:
         return
     standing.enforce(work)
+    controller = runs.controller(work.vm_id)
     first: Exception | None = None
     for module, function in PARTS:
         try:
@@ -55,3 +63,4 @@ def refresh(work: Work) -> None:
             first = first or error
     if first is not None:
         raise first
+    runs.note(work.vm_id, controller)

@@ -3,11 +3,13 @@
 Order: the container's processes, its network devices, flush and unmount, devices, files, control groups, our record.
 The journal names what may be there, the kernel says what is: mounts below the VM's own directory, loop devices over its
 images. Everything can be done again and again; "already gone" is success. When it returns, the images are flushed and
-nothing holds them. The first error is the one raised, after all the rest has been tried.
+nothing holds them. The first error is the one raised, after all the rest has been tried. Nothing has to be written for
+that; what cannot be removed from a full or read-only file system is named in the log and keeps no VM.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -79,7 +81,9 @@ def everything(work: Work) -> None:
     steps.run(lambda: _remove_ports(work))
     steps.run(lambda: unmount_all(work, flush=not lost))
     for entry in entries:
-        if entry.kind not in (*_BY_THE_KERNEL, *_LAST):
+        if entry.kind in _FILES:
+            _attempt(work, lambda: give_back(work, entry))  # noqa: B023
+        elif entry.kind not in (*_BY_THE_KERNEL, *_LAST):
             steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
     holders.wait_until_free(work, images, [])
@@ -108,9 +112,23 @@ def undo(work: Work) -> None:
         return
     steps = _Steps()
     for entry in work.journal.held():
-        if not entry.committed:
+        if not entry.committed and entry.kind in AFTER_COMMIT:
+            work.journal.gave_back(entry.number)
+        elif entry.committed == (entry.kind in AFTER_COMMIT):
             steps.run(lambda: give_back(work, entry))  # noqa: B023
     steps.finish()
+
+
+def is_unfinished(entry: Entry) -> bool:
+    """Whether an action that was killed has left this to be undone, or to be finished."""
+    return not entry.committed or entry.kind in AFTER_COMMIT
+
+
+def finish(work: Work) -> None:
+    """What an action has decided with its commit: done now, or by whoever comes next. Never an error."""
+    for entry in work.journal.held():
+        if entry.committed and entry.kind in AFTER_COMMIT:
+            _attempt(work, lambda: give_back(work, entry))  # noqa: B023
 
 
 def let_go_of_disks(work: Work) -> None:
@@ -143,6 +161,14 @@ class _Steps:
             raise self.first
 
 
+def _attempt(work: Work, step: Callable[[], None]) -> None:
+    """What must not stand in the way: if it fails, the log says so."""
+    try:
+        step()
+    except (OneLxcError, OSError) as error:
+        work.log(str(error))
+
+
 def give_back(work: Work, entry: Entry) -> None:
     """Give back one thing of the journal, and note that."""
     function = GIVE_BACK.get(entry.kind)
@@ -154,7 +180,7 @@ def give_back(work: Work, entry: Entry) -> None:
 
 def _give_back_mount(work: Work, what: dict[str, Any]) -> None:
     path = str(what["path"])
-    _flush(work, path)
+    write_out(work, path)
     unmount(work, path)
     for directory in (path, os.path.dirname(path)):
         try:
@@ -213,6 +239,12 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
     "domain": _give_back_domain,
     "nic": _by("onelxc.root.network", "give_back"),  # nic
     "record": record.unstage,
+    "suspended": _by("onelxc.root.freezer", "give_back"),
+    "resumed": _by("onelxc.root.freezer", "suspend_again"),
+    "hidden": _by("onelxc.root.livedisks", "show_again"),  # source: taken out of a container
+    "disk_leaves": _by("onelxc.root.livedisks", "leave_host"),  # source, limited, place, entries
+    "nic_leaves": _by("onelxc.root.network", "leave"),  # nic
+    "limits": _by("onelxc.root.resized", "give_back"),
     "tree": _by("onelxc.root.snapshots", "remove_tree"),  # path of an unfinished snapshot
     "still": _by("onelxc.root.snapshots", "go_on"),
     "revert": _by("onelxc.root.snapshots", "finish"),  # files: [copy, disk]
@@ -222,8 +254,14 @@ GIVE_BACK: dict[str, Callable[[Work, dict[str, Any]], None]] = {
 """How each kind of journal entry is given back, and what its data are."""
 
 
-_BY_THE_KERNEL = ("mount", "loop", "domain", "record")
-"""Kinds that a whole release finds by itself, whatever the journal says."""
+AFTER_COMMIT = ("disk_leaves", "nic_leaves")
+"""Kinds that say what remains to be done once they are committed. Until then nothing has been done."""
+
+_BY_THE_KERNEL = ("mount", "loop", "domain", "record", "suspended", "resumed", "hidden", "limits", *AFTER_COMMIT)
+"""Kinds that a whole release finds by itself or that end with the container, whatever the journal says."""
+
+_FILES = ("file", "tree", "revert")
+"""Kinds that are files in the VM's directory, which OpenNebula removes. It may be full, read-only or gone."""
 _LAST = (leases.KIND, leases.TRYING)
 """Kinds that are given back when nothing holds the images any more."""
 
@@ -275,13 +313,17 @@ def unmount_all(work: Work, *, flush: bool = True) -> None:
     """Everything below the VM's directory of mounts, deepest first, written out before."""
     steps = _Steps()
     for point in reversed(mounts.mounted_below(work.paths.mounts)):
-        if flush:
-            steps.run(lambda: _flush(work, point))  # noqa: B023
+        # a datastore that is full or gone takes no more: a cancel says so, and is not refused for that
+        written = functools.partial(write_out, work, point)
+        if flush and work.verb == "cancel":
+            _attempt(work, written)
+        elif flush:
+            steps.run(written)
         steps.run(lambda: unmount(work, point))  # noqa: B023
     steps.finish()
 
 
-def _flush(work: Work, point: str) -> None:
+def write_out(work: Work, point: str) -> None:
     """Write out what can be: an image whose server was killed takes no more, and must not be held for that."""
     try:
         flushing.flush(point)
@@ -291,10 +333,10 @@ def _flush(work: Work, point: str) -> None:
         work.log(f"{error}: the server of an image ({rawview.DAEMON}) was killed; what it had not written is lost")
 
 
-def unmount(work: Work, point: str) -> None:
-    """Unmount, in every mount namespace that has a copy. The error says who keeps it busy."""
+def unmount(work: Work, point: str, *, leave: int = 0) -> None:
+    """Unmount, in every mount namespace that has a copy. The error says who keeps it busy. `leave` so many below."""
     try:
-        mounts.unmount(point, limit_s=UNMOUNT_S)
+        mounts.unmount(point, limit_s=UNMOUNT_S, leave=leave)
     except StorageError as error:
         users = holders.users_of(point)
         raise StorageError(f"{error}; in use by {', '.join(users)}" if users else str(error)) from error

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from onelxc import errors
 from onelxc.errors import GiveUpError, HelperError, OneLxcError
 from onelxc.model import VmPaths
-from onelxc.root import lock, requests
+from onelxc.root import durable, lock, requests
 from onelxc.root.journal import Journal
 from onelxc.root.verbs import VERBS
 from onelxc.root.work import Work
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 STDIN, STDOUT = 0, 1
 CALLER_LEAVES_S = 60
 """How long a caller that was told to give up may take to end what it does with libvirt."""
+ENDING = ("cancel", "shutdown")
+"""Actions that are never refused for what could not be undone or written before: they give everything back."""
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -45,6 +47,7 @@ class Session:
         self.verb = verb
         self.config = config
         self.lock_timeout_s = lock_timeout_s
+        self._name = f"{os.getpid()}.{lock.started_of(os.getpid())}"
         self._told_to_stop = ""
         self._wake = -1
 
@@ -52,7 +55,10 @@ class Session:
         """Serve until the caller is gone; the exit code. `started` is when the caller began, in seconds since boot."""
         self._listen_to_signals()
         if self.verb == "cancel":
-            lock.mark_give_up(self.vm_id)
+            try:
+                lock.mark_give_up(self.vm_id)
+            except OSError as error:
+                self._log(f"deploys that have only begun may go on: {lock.MARKS}: {error.strerror}")
         try:
             held = lock.acquire(
                 self.vm_id, self.verb, timeout_s=self.lock_timeout_s, log=self._log, check=self._check_wanted
@@ -72,8 +78,10 @@ class Session:
             # the lock is ours, so whoever took these is dead
             self._undo()
         except (OneLxcError, OSError) as error:
-            _answer_error(error)
-            return 1
+            if self.verb not in ENDING:
+                _answer_error(error)
+                return 1
+            self._log(str(error))
         worker = self._start_worker()
         broken_off = self._watch(worker)
         _kill_group(worker)
@@ -98,11 +106,12 @@ class Session:
         work = self._new_work()
         try:
             release.undo(work)
+            work.journal.compact()
         finally:
             work.journal.close()
 
     def _new_work(self) -> Work:
-        journal = Journal(VmPaths(self.vm_id).journal, self.verb)
+        journal = Journal(VmPaths(self.vm_id).journal, self.verb, self._name)
         return Work(self.vm_id, self.verb, journal, self.config, self._log)
 
     # watching
@@ -185,7 +194,7 @@ class Session:
             os.setpgid(0, 0)
             syscalls.die_with_parent()
             if os.getppid() == parent:
-                _write_message({"ok": {"pid": parent}})
+                _write_message({"ok": {"pid": parent, "session": self._name}})
                 self._requests()
                 status = 0
         except BaseException as error:
@@ -253,7 +262,6 @@ def _write_message(message: dict[str, Any]) -> None:
 
 def _write(data: bytes) -> None:
     try:
-        while data:
-            data = data[os.write(STDOUT, data) :]
+        durable.write_all(STDOUT, data)
     except BrokenPipeError:
         pass  # nobody listens any more; the watch has seen that, or will

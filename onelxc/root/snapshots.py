@@ -98,6 +98,7 @@ def revert(work: Work, request: dict[str, Any]) -> Any:
                 work.journal.gave_back(entry.number)
     prepared = prepare.prepare(work, found.vm)
     record.stage(work, found.vm, prepared)
+    work.journal.take("domain")  # from here on the caller may start it
     return model.to_json(prepared)
 
 

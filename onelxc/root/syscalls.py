@@ -31,6 +31,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32,
 MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+_MNT_EXPIRE = 4
 
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 
@@ -204,6 +205,18 @@ def umount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     ctypes.set_errno(0)
     if _libc.umount2(_path(target), _int(flags)) != 0:
         raise _failed(target)
+
+
+def is_unused_mount(target: str) -> bool:
+    """Whether an unmount would succeed now. Nothing is unmounted.
+
+    The kernel only marks what it is asked to expire; the look at it afterwards takes the mark away again.
+    """
+    ctypes.set_errno(0)
+    _libc.umount2(_path(target), _int(_MNT_EXPIRE | UMOUNT_NOFOLLOW))
+    unused = ctypes.get_errno() == errno.EAGAIN
+    os.stat(target)
+    return unused
 
 
 def pivot_root(new: str, old: str) -> None:

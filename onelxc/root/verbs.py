@@ -12,6 +12,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "release": ("onelxc.root.release", "verb"),
     "prepare": ("onelxc.root.prepare", "verb"),
     "commit": ("onelxc.root.record", "commit"),
+    "kept": ("onelxc.root.record", "kept"),
     "freeze": ("onelxc.root.freezer", "verb_freeze"),
     "thaw": ("onelxc.root.freezer", "verb_thaw"),
     "exec": ("onelxc.root.execution", "start"),
@@ -31,7 +32,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "record": ("onelxc.root.known", "verb"),
     "new_nic": ("onelxc.root.network", "new_nic"),
     "attach_nic": ("onelxc.root.network", "attach_nic"),
-    "old_nic": ("onelxc.root.network", "old_nic"),
     "detach_nic": ("onelxc.root.network", "detach_nic"),
     "settle": ("onelxc.root.refresh", "settle"),
 }

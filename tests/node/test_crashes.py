@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import libvirt
 import pytest
 
 from onelxc.root import cgroups, freezer
-from tests.support import leaks, machine
+from tests.support import images, leaks, machine
 from tests.support.vms import HOST, Vm
 from tests.support.waiting import wait_until
 
@@ -146,6 +146,49 @@ def test_libvirtd_away_is_said_and_the_container_goes_on(vm: NewVm, action: str)
         assert "Cannot" in message
         assert "libvirt" in message
         assert is_there(init)
+
+
+ADVICE = "see `systemctl status libvirtd` on this host, then do it again"
+
+
+def test_a_libvirtd_that_restarts_amid_an_action_is_named_and_nothing_else(vm: NewVm) -> None:
+    """Not what the container happened to say last on its console, and what to do."""
+    one = vm(images.one_process_tar()).deployed().booted()
+    running = one.start("shutdown")
+    wait_until(lambda: os.path.exists(f"/run/onelxc/lock/{one.vm_id}"), "the shutdown is at work")
+    machine.restart_libvirtd()
+    message = one.driver.message(running.wait())
+    assert str(one.vm_id) in message
+    assert "libvirt" in message
+    assert message.endswith(ADVICE)
+    assert "its console said" not in message
+    assert one.running
+
+
+@pytest.fixture
+def hanging() -> Iterator[None]:
+    """libvirtd is there and does nothing."""
+    pids = [pid for pid in machine.pids() if os.path.basename(machine.command_line(pid).split(" ")[0]) == "libvirtd"]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_libvirtd_that_hangs_holds_no_action_for_ever(vm: NewVm, request: pytest.FixtureRequest) -> None:
+    one = vm(images.one_process_tar()).deployed().booted()
+    running = one.start("shutdown")
+    wait_until(lambda: os.path.exists(f"/run/onelxc/lock/{one.vm_id}"), "the shutdown is at work")
+    request.getfixturevalue("hanging")
+    for outcome in (running.wait(), one.act("reboot")):
+        message = one.driver.message(outcome)
+        assert outcome.code == 1
+        assert "libvirt" in message
+        assert message.endswith(ADVICE)
+    one.act("cancel").ok()
+    assert not [mount for mount in machine.mounts() if f"/{one.vm_id}/" in mount.point]
 
 
 def test_cancel_without_libvirtd_ends_the_container_all_the_same(vm: NewVm) -> None:

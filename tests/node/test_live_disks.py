@@ -253,7 +253,8 @@ def test_failures_in_words(vm: NewVm, tmp_path: Path, image: str) -> None:
     one.disks[0].pop("ATTACH")
     attach(one, image).ok()
     one.disks[1]["ATTACH"] = "YES"
-    again = one.act("attach_disk", one.path("disk.1"), "sdb", 1, "b64", lcm_state=17)
+    one.disks[1]["TARGET"] = "/elsewhere"
+    again = one.act("attach_disk", one.path("disk.1"), "/elsewhere", 1, "b64", lcm_state=17)
     assert "a disk of that number is attached already" in one.driver.message(again)
     one.act("cancel").ok()
     gone = attach(one, image)

@@ -282,10 +282,15 @@ def test_a_bridge_that_is_missing_at_the_start(vm: NewVm) -> None:
     assert one.name not in machine.domains()
 
 
-def test_a_nic_that_is_there_already(plain: Vm, bridge: str) -> None:
+def test_a_nic_that_is_there_already_is_attached_and_its_number_nobody_elses(plain: Vm, bridge: str) -> None:
     nic = plain.template["NIC"][0]
     nic["ATTACH"] = "YES"
-    outcome = plain.act("attach_nic", nic["MAC"], bridge, "-", "lxc", f"{plain.name}-0", lcm_state=25)
+    arguments = (bridge, "-", "lxc", f"{plain.name}-0")
+    plain.act("attach_nic", nic["MAC"], *arguments, lcm_state=25).ok()
+    assert reaches_host(plain, "eth0")
+    mac, nic["MAC"] = nic["MAC"], "02:00:0a:4d:00:99"
+    outcome = plain.act("attach_nic", nic["MAC"], *arguments, lcm_state=25)
+    nic["MAC"] = mac
     del nic["ATTACH"]
     assert failure(plain, outcome) == f"Cannot attach NIC 0 to VM {plain.vm_id}: it has a NIC of that number"
     assert reaches_host(plain, "eth0")

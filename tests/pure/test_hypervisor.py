@@ -70,7 +70,7 @@ def test_suspended_and_resumed(libvirt: Hypervisor) -> None:
 
 def test_nobody_there_is_said_with_libvirts_words(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        HypervisorError, match=r"^Cannot reach libvirt \(lxc\+unix:.*No such file or directory$"
+        HypervisorError, match=r"^Cannot reach libvirt \(lxc\+unix:.*No such file or directory; see "
     ) as caught:
         Hypervisor("lxc+unix:///?socket=/nonexistent/socket")
     assert caught.value.code == 38

@@ -14,6 +14,9 @@ import signal
 import subprocess
 import threading
 from dataclasses import dataclass
+from typing import Any
+
+from tests.support.breaking import Breaker
 
 USER = "oneadmin"
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/games"
@@ -55,21 +58,30 @@ class Outcome:
 class Running:
     """An action that was started; `wait` for its outcome, or `hang_up` as when the connection is lost."""
 
-    def __init__(self, command: str, stdin: str | None, *, quoted: bool, streamed: bool = True) -> None:
+    def __init__(
+        self, command: str, stdin: str | None, *, quoted: bool, streamed: bool = True, under: Breaker | None = None
+    ) -> None:
         """`streamed` as above; else as RemotesCommand (CommandManager.rb): a shell for one command, its stdin ends."""
         account = pwd.getpwnam(USER)
         environment = {"PATH": PATH, "HOME": account.pw_dir, "USER": USER, "LOGNAME": USER, "SHELL": "/bin/bash"}
+        identity: dict[str, Any] = {
+            "user": account.pw_uid,
+            "group": account.pw_gid,
+            "extra_groups": os.getgrouplist(USER, account.pw_gid),
+        }
+        argv = ["bash", "-s"] if streamed else ["bash", "-c", remote_command(command)]
+        if under is not None:
+            become = ["setpriv", f"--reuid={USER}", f"--regid={account.pw_gid}", "--init-groups", "--"]
+            argv, identity = [*under.launcher, *become, *argv], {"pass_fds": [under.descriptor]}
         self.process = subprocess.Popen(
-            ["bash", "-s"] if streamed else ["bash", "-c", remote_command(command)],
+            argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=account.pw_dir,
             env={**environment, "LANG": "C.UTF-8"},
-            user=account.pw_uid,
-            group=account.pw_gid,
-            extra_groups=os.getgrouplist(USER, account.pw_gid),
             start_new_session=True,
+            **identity,
         )
         self.streamed = streamed
         if streamed and stdin is not None:

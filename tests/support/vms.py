@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.support import machine, templates
+from tests.support.breaking import Breaker
 from tests.support.frontends import DRIVERS, MONITORD, PULL
 from tests.support.stream import USER, Outcome, Running
 from tests.support.waiting import wait_until
@@ -25,6 +26,8 @@ class Driver:
     def __init__(self, version: str) -> None:
         self.version = version
         self.directory = os.path.join(REMOTES, "vmm", DRIVERS[version])
+        self.under: Breaker | None = None
+        """What the next action is started under."""
 
     @property
     def pull(self) -> bool:
@@ -33,7 +36,8 @@ class Driver:
     def start(self, action: str, *argv: object, stdin: str | None = None) -> Running:
         """Begin an action; arguments are joined with blanks, unquoted, as OpenNebula does."""
         line = " ".join([os.path.join(self.directory, action), *(str(argument) for argument in argv)])
-        return Running(line, stdin, quoted=not self.pull)
+        under, self.under = self.under, None
+        return Running(line, stdin, quoted=not self.pull, under=under)
 
     def __call__(self, action: str, *argv: object, stdin: str | None = None, timeout_s: float = 90) -> Outcome:
         return self.start(action, *argv, stdin=stdin).wait(timeout_s)
