@@ -224,7 +224,7 @@ def test_refused_and_nothing_left(vm: NewVm, image: str) -> None:
     for attributes, words in (
         ({"TARGET": "/../x"}, "TARGET is no place for a data disk"),
         ({"TARGET": "/boots"}, "cannot attach at /boots"),
-        ({"TARGET": "/proc"}, "something else is mounted there"),
+        ({"TARGET": "/proc"}, "/proc is the container's own"),
         ({"TYPE": "swap"}, "a container cannot swap to a disk of its own"),
     ):
         refused = attach(one, image, **attributes)
