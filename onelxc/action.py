@@ -96,7 +96,8 @@ def main(name: str, run: Callable[[Action], str | None]) -> NoReturn:
 
 def told(action: str, vm_id: int | None, text: str) -> str:
     """An error's text so that it names the VM: `Cannot deploy VM 5: cannot …`."""
-    if vm_id is None or (text.startswith("Cannot ") and re.search(rf"\b(VM |one-){vm_id}\b", text)):
+    # a path may have the number in it, and names nobody
+    if vm_id is None or (not text.startswith("/") and re.search(rf"\b(VM |one-){vm_id}\b", text)):
         return text
     if text.startswith("Cannot "):
         text = "cannot " + text[len("Cannot ") :]
