@@ -13,6 +13,7 @@ renamed, addressed and raised from outside, in the container's network namespace
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,8 +63,8 @@ def attach_nic(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     found = _record(work)
     with Namespace() as host, Namespace.of_vm(work.vm_id) as inside:
         outer, inner = _arrived(host, inside, work.vm_id, nic)
-        name = _rename(inside, inner, nic.guest_name, work.log)
-        _address(inside, name, nic, work.log)
+        _rename(inside, inner, nic.guest_name, work.log)
+        _address(inside, inner.index, nic, work.log)
         _finish(work.vm_id, (host, outer, inside), nic, work.log)
     record.stage(work, dataclasses.replace(found.vm, nics=_with(found.vm, nic)), found.prepared)
     return {}
@@ -213,48 +214,32 @@ def _arrived(host: Namespace, inside: Namespace, vm_id: int, nic: Nic) -> tuple[
         time.sleep(0.02)
 
 
-def _rename(inside: Namespace, link: Link, name: str, log: Callable[[str], None]) -> str:
-    """Give it its name, which it can take while it is down. The name may be the tenant's for something else."""
+def _rename(inside: Namespace, link: Link, name: str, log: Callable[[str], None]) -> None:
+    """Give it its name. The name may be the tenant's for something else."""
     if link.name == name:
-        return name
-    inside.change(_numbered(inside, link), "down")
+        return
     try:
-        inside.change(_numbered(inside, link), "name", name)
+        inside.rename(link.index, name)
     except CommandError as error:
-        log(f"{link.name} inside cannot be called {name}: {error}")
-        return _numbered(inside, link)
-    return name
+        log(f"{link.name} inside: {error}")
 
 
-def _numbered(inside: Namespace, link: Link) -> str:
-    """Its name now; the tenant may have changed it. No option of `ip` can be mistaken for a name that we take."""
-    now = inside.by_index(link.index)
-    if now is None or not nics.NAME.match(now.name):
-        raise HypervisorError(f"Cannot set up {link.name}: it is gone, or was given a strange name inside")
-    return now.name
-
-
-def _address(inside: Namespace, name: str, nic: Nic, log: Callable[[str], None]) -> None:
+def _address(inside: Namespace, index: int, nic: Nic, log: Callable[[str], None]) -> None:
     """Up, with its addresses: what libvirt does at a start. A network without IPv6 leaves that out."""
     if nic.mtu:
-        inside.change(name, "mtu", str(nic.mtu))
-    inside.change(name, "up")
+        inside.set_mtu(index, nic.mtu)
+    inside.set_up(index)
     for family, ip, prefix, gateway in (
-        ("-4", nic.ip, nic.prefix, nic.gateway),
-        ("-6", nic.ip6, nic.prefix6, nic.gateway6),
+        (socket.AF_INET, nic.ip, nic.prefix, nic.gateway),
+        (socket.AF_INET6, nic.ip6, nic.prefix6, nic.gateway6),
     ):
         try:
-            if ip:
-                address = f"{ip}/{prefix}"
-                inside.run("ip", family, "address", "replace", address, "dev", name, verb=f"give {name} its address")
-            if gateway and not _has_default(inside, family):
-                inside.route(family, "default", "via", gateway, "dev", name)
+            if ip and prefix is not None:
+                inside.add_address(index, ip, prefix)
+            if gateway and not inside.has_default(family):
+                inside.add_default(index, gateway)
         except CommandError as error:
             log(f"NIC {nic.nic_id}: {error}")
-
-
-def _has_default(inside: Namespace, family: str) -> bool:
-    return bool(inside.run("ip", family, "route", "show", "default", verb="look at routes").strip())
 
 
 def _finish(vm_id: int, places: tuple[Namespace, Link, Namespace], nic: Nic, log: Callable[[str], None]) -> None:
@@ -266,10 +251,8 @@ def _finish(vm_id: int, places: tuple[Namespace, Link, Namespace], nic: Nic, log
     if nic.mtu and outer.mtu != nic.mtu:
         try:
             host.change(outer.name, "mtu", str(nic.mtu))
-            inner = inside.by_index(outer.peer)
-            if inner is not None:
-                inside.change(_numbered(inside, inner), "mtu", str(nic.mtu))
-        except (CommandError, HypervisorError) as error:
+            inside.set_mtu(outer.peer, nic.mtu)
+        except CommandError as error:
             log(f"NIC {nic.nic_id}: MTU {nic.mtu}: {error}")
     if nic.inbound or nic.outbound:
         traffic.shape(host, vm_id, nic, log)
@@ -280,4 +263,5 @@ def _settle_pci(inside: Namespace, interface: str, nic: Nic, log: Callable[[str]
     if link is None:
         log(f"NIC {nic.nic_id}: {interface} has not come to the container, or is called otherwise there by now")
         return
-    _address(inside, _rename(inside, link, nic.guest_name, log), nic, log)
+    _rename(inside, link, nic.guest_name, log)
+    _address(inside, link.index, nic, log)

@@ -87,6 +87,10 @@ def interfaces(vm: Vm) -> tuple[tuple[int, str], ...]:
     for nic in vm.nics:
         if nic.pci_address:
             name = pci.interface(nic.pci_address)
+            if not NAME.match(name):  # its last user may have named it
+                raise ConfigurationError(
+                    f"Cannot use the PCI device {nic.pci_address}: its interface is called {name!r}: rename it"
+                )
             with Namespace() as host:
                 refuse_used(host, name, f"NIC {nic.nic_id} of VM {vm.vm_id}")
             found.append((nic.nic_id, name))
@@ -98,13 +102,14 @@ def refuse_used(host: Namespace, name: str, what: str) -> None:
     link = host.link(name)
     if link is None:
         raise ConfigurationError(f"Cannot use {name} as {what}: this host has no such interface (any more)")
-    addresses = host.addresses(name)
+    addresses = host.addresses(link.index)
     reason = ""
     if link.master:
-        reason = f"it belongs to {link.master}"
+        master = host.by_index(link.master)
+        reason = f"it belongs to {master.name if master else 'another'}"
     elif addresses:
         reason = f"it has the address {addresses[0]}"
-    elif host.has_routes(name):
+    elif host.has_routes(link.index):
         reason = "a route leads through it"
     elif any(other.peer == link.index and other.kind != "veth" for other in host.links()):
         reason = "another interface of the host is made on it"

@@ -397,3 +397,39 @@ def test_an_interface_that_the_host_uses_stays_with_the_host(spare: str, bridge:
     machine.command("ip", "link", "set", spare, "master", bridge)
     assert used(spare) == begin + f"it belongs to {bridge}"
     assert used("nosuch0") == "Cannot use nosuch0 as NIC 1 of VM 5: this host has no such interface (any more)"
+
+
+ODD_NAMES = (
+    b"e\x1b[2J", b"\x9b31m", b"a\xff\xfe", b'"},{"', b"\\\\", b"\x7f'\x08", "\u202e\u2028".encode(), b"-all", b"if1",
+)  # fmt: skip
+"""The kernel takes every byte but a slash, a colon and blanks."""
+
+
+@pytest.mark.parametrize("where", ["inside", "on the host"])
+def test_interfaces_of_any_name_are_no_trouble(plain: Vm, bridge: str, where: str) -> None:
+    """A tenant names his own; a PCI interface goes back to the host with the name that he gave it."""
+    into = ["nsenter", "-t", str(machine.init_pid(plain.name)), "-n"] if where == "inside" else []
+    add = ["ip", "link", "add", "type", "veth"]
+    for number, name in enumerate(ODD_NAMES):
+        subprocess.run([*into, *add[:3], "name", f"odd{number}", *add[3:], "peer", "name", f"peer{number}"], check=True)
+        subprocess.run([*into, "ip", "link", "set", "dev", f"odd{number}", "name", name], check=True)
+    try:
+        attach(plain, bridge, IP="10.77.0.11", INBOUND_AVG_BW=1000, OUTBOUND_AVG_BW=1000).ok()
+        assert plain.inside("ip address show dev eth1 | grep -c '10[.]77[.]0[.]11/24'") == "1\n"
+        assert reaches_host(plain, "eth1")
+        assert "tbf" in machine.command("tc", "qdisc", "show", "dev", f"{plain.name}-1")
+        detach(plain, 1).ok()
+        plain.act("reboot").ok()
+    finally:
+        if where == "on the host":
+            for number in range(len(ODD_NAMES)):
+                machine.command("ip", "link", "delete", "dev", f"peer{number}")
+
+
+def test_a_nic_that_is_renamed_while_it_comes_is_found_by_its_number(plain: Vm, bridge: str) -> None:
+    """Whatever a tenant's own programs call it, it has its address, and the name if that is to be had."""
+    names = "ip -o link | sed -n 's/^[0-9]*: \\(vnet[0-9]*\\)@.*/\\1/p'"
+    renamer = f"while :; do for name in $({names}); do ip link set $name name mine; done; done"
+    machine.join(plain.name, int(plain.inside(f"({renamer}) >/dev/null 2>&1 & echo $!")))
+    attach(plain, bridge, IP="10.77.0.11").ok()
+    assert "inet 10.77.0.11/24" in plain.inside("ip address")
