@@ -21,7 +21,7 @@ from onelxc.root import apart, holders, inside, tenantfile
 from tests.node.test_live_disks import attach, detach, image
 from tests.support import deaf, images, machine
 from tests.support.vms import MONITORD, Vm
-from tests.support.waiting import wait_until
+from tests.support.waiting import HUB_LOG, wait_until
 
 pytestmark = pytest.mark.generation(MONITORD)
 NewVm = Callable[..., Vm]
@@ -237,6 +237,16 @@ def test_a_process_that_calls_itself_libvirts_is_not(vm: NewVm) -> None:
     (pid,) = [pid for pid in machine.pids() if machine.command_line(pid) == "sleep 999"]
     wait_until(lambda: orphans.comm(pid) == "libvirt_lxc", "it has the name")
     assert not orphans.is_controller(pid)
+
+
+def test_what_a_tenant_wrote_does_nothing_to_who_reads_the_hubs_log(vm: NewVm, image: str) -> None:
+    one = vm(images.busybox_ext4()).deployed().booted()
+    attach(one, image, TARGET="/mnt/\x9b31mRED\u202e").ok()
+    one.inside("umount /mnt/*; rmdir /mnt/*; rmdir /mnt; echo x > /mnt; reboot", check=False)
+    one.booted(2)
+    log = Path(HUB_LOG)
+    wait_until(lambda: "Cannot attach at /mnt/?31mRED?: " in log.read_text(errors="replace"), "the hub tells of it")
+    assert all(c.isprintable() for line in log.read_text().split("\n") for c in line)
 
 
 __all__ = ["image"]
