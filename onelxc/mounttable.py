@@ -51,13 +51,13 @@ def read(path: str, limit: int) -> tuple[str, bool]:
 
 def rows(table: str) -> list[Row]:
     """The table's lines; proc(5). Names may hold every character but blank, tab and newline."""
-    found = []
-    for text in table.split("\n"):
-        before, dash, after = text.partition(" - ")
-        fields = before.split(" ", 5)
-        if dash and len(fields) == 6:
-            found.append((fields[2], fields[3], fields[4], after.partition(" ")[0]))
-    return found
+    return [row for row in map(_row, table.split("\n")) if row]
+
+
+def _row(text: str) -> Row | None:
+    before, dash, after = text.partition(" - ")
+    fields = before.split(" ", 5)
+    return (fields[2], fields[3], fields[4], after.partition(" ")[0]) if dash and len(fields) == 6 else None
 
 
 def unescape(path: str) -> str:
@@ -81,7 +81,17 @@ def host_devices(table: str) -> dict[str, set[int]]:
 
 def foreign(table: str, vm_id: int, host: Mapping[str, Set[int]]) -> list[Row]:
     """What of a container's table is the host's, or another VM's."""
-    return [row for row in rows(table) if row[0] in host and vm_id not in host[row[0]] and not _is_shared(row)]
+    found = []
+    for text in table.split("\n"):
+        fields = text.split(" ", 3)
+        vms = host.get(fields[2]) if len(fields) == 4 else None
+        # most lines end here
+        if vms is None or vm_id in vms:
+            continue
+        row = _row(text)
+        if row and not _is_shared(row):
+            found.append(row)
+    return found
 
 
 def _is_shared(row: Row) -> bool:

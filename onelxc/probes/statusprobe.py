@@ -111,7 +111,7 @@ def look() -> list[str]:
 
 def _foreign(container: containers.Container, host: dict[str, set[int]]) -> str:
     """What the helper has to look at: a container that seems to hold file systems of the host. Until it is set up it
-    sees all of them, and its process 1 is libvirt's own, with the same arguments as the controller.
+    sees all of them, and its process 1 has the name of libvirt's own. Not by cmdline, which is in a tenant's memory.
     """
     init = containers.init_of(container)
     if init is None or container.vm_id is None:
@@ -119,7 +119,7 @@ def _foreign(container: containers.Container, host: dict[str, set[int]]) -> str:
     held = mounttable.suspicion(container.vm_id, init, host)
     if not held:
         return ""
-    setup = kernelfile.text(f"/proc/{init}/cmdline") == kernelfile.text(f"/proc/{container.controller}/cmdline")
+    setup = kernelfile.text(f"/proc/{init}/comm") == kernelfile.text(f"/proc/{container.controller}/comm")
     if setup and samples.now_s() - containers.started_s(container) < SETUP_S:
         return ""
     return f"/foreign {held}"

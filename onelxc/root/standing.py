@@ -20,6 +20,9 @@ from onelxc.root.work import Work
 SETUP_S = 30.0
 """How long libvirt may take to set a container up. Until then process 1 is libvirt's own and sees all of the host."""
 
+WAIT_S = 5.0
+"""How long the set-up is waited for after a start; the reaper looks again."""
+
 TABLE_BYTES = 32 << 20
 """Of a container's mount tables together. The kernel allows 100,000 mounts in each (fs.mount-max), usually of some
 hundred bytes."""
@@ -27,23 +30,10 @@ hundred bytes."""
 VIEWS, PROCESSES = 64, 4096
 """So many mount namespaces, and processes, of a container are looked at."""
 
-_PRIVILEGED_KINDS = frozenset(
-    (
-        *(
-            "sysfs",
-            "debugfs",
-            "tracefs",
-            "securityfs",
-            "configfs",
-            "pstore",
-            "fusectl",
-            "bpf",
-            "efivarfs",
-            "binfmt_misc",
-        ),
-        *("mqueue", "hugetlbfs", "devtmpfs", "selinuxfs", "rpc_pipefs", "autofs"),
-    )
-)
+_PRIVILEGED_KINDS = frozenset((
+    "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "pstore", "fusectl", "bpf", "efivarfs", "binfmt_misc",
+    "mqueue", "hugetlbfs", "devtmpfs", "selinuxfs", "rpc_pipefs", "autofs",
+))  # fmt: skip
 """Of what the kernel has one for all; root of a privileged container may mount it."""
 
 
@@ -56,10 +46,10 @@ def enforce(work: Work) -> None:
 
 
 def _wait_for_fault(vm_id: int) -> str:
-    deadline = time.monotonic() + SETUP_S
+    deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         found = orphans.processes_of(cgroups.groups(vm_id))
-        if found is None or not _in_setup(*found):
+        if found is None or not _in_setup(found[1]):
             break
         time.sleep(0.02)
     return fault(vm_id, cgroups.groups(vm_id), HostTable(), at_start=True)
@@ -84,19 +74,18 @@ def fault(vm_id: int, groups: Sequence[cgroups.Group], host: HostTable, *, at_st
     if found is None:
         return ""
     controller, init = found
-    if _in_setup(controller, init) and starts.age_s(controller) < SETUP_S:
-        return ""
-    why = _unguarded(vm_id, controller, at_start) or _holds(vm_id, init, groups, host)
+    why = _unguarded(vm_id, controller, at_start)
+    if not why and not (_in_setup(init) and starts.age_s(controller) < SETUP_S):
+        why = _holds(vm_id, init, groups, host)
     # one that has ended meanwhile, by a reboot, is not the one that runs
     return why if why and orphans.processes_of(cgroups.groups(vm_id)) == found else ""
 
 
-def _in_setup(controller: int, init: int) -> bool:
-    """Whether process 1 is libvirt's own still, about to execute the container's."""
-    try:
-        return os.path.samestat(os.stat(f"/proc/{init}/exe"), os.stat(f"/proc/{controller}/exe"))
-    except OSError:
-        return False
+def _in_setup(init: int) -> bool:
+    """Whether process 1 is libvirt's own still, about to execute the container's. By its name, which is read without
+    the process's memory or file systems, either of which a tenant can hold up; that it may lie is bounded by SETUP_S.
+    """
+    return orphans.is_controller(init)
 
 
 def _unguarded(vm_id: int, controller: int, at_start: bool) -> str:
@@ -140,12 +129,12 @@ def _one_of_each_view(init: int, groups: Sequence[cgroups.Group]) -> list[int]:
     return list(found.values())
 
 
-def _view(process: int) -> tuple[str, int, int]:
+def _view(process: int) -> tuple[str, str]:
+    """Mount namespace and root; by the links' text, since a stat of the root may wait for a file system inside."""
     try:
-        root = os.stat(f"/proc/{process}/root")
-        return os.readlink(f"/proc/{process}/ns/mnt"), root.st_dev, root.st_ino
+        return os.readlink(f"/proc/{process}/ns/mnt"), os.readlink(f"/proc/{process}/root")
     except OSError:
-        return "", 0, 0
+        return "", ""
 
 
 class _Allowed:
