@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from onelxc.errors import StorageError
 from onelxc.model import Disk, VmPaths
-from onelxc.root import freezer, leasefile, record, validate
+from onelxc.root import freezer, leasefile, lock, record, validate
 from onelxc.root.journal import Entry, Journal
 from onelxc.root.leasefile import Draft, Lease, Seen
 
@@ -187,7 +187,8 @@ class _Taking:
                 return True
             if not _holds(lease):
                 return True
-            if is_suspended(lease.vm_id):  # OpenNebula gives no image away that a VM of its own has
+            # OpenNebula gives no image away that a VM of its own has
+            if is_suspended(lease.vm_id) or _is_being_ended(lease.vm_id):
                 return self._watch(seen)
             raise self._error(f"VM {lease.vm_id} of this host has it as its disk {lease.disk_id}, for writing")
         if seen.is_copy and self._place.with_disk:
@@ -300,6 +301,11 @@ def renew(vm_id: int, entry: Entry, config: HostConfig, refreshed: float) -> Sta
             return State.HELD if may and draft.publish() else State.LOST
     finally:
         os.close(directory)
+
+
+def _is_being_ended(vm_id: int) -> bool:
+    """Whether somebody sees to a VM that was suspended: for its end it is thawed."""
+    return record.paused(vm_id) == freezer.SUSPEND and lock.holder(vm_id) is not None
 
 
 def is_suspended(vm_id: int) -> bool:

@@ -49,11 +49,12 @@ def settle(work: Work, request: dict[str, Any]) -> dict[str, Any]:
 
 def refresh(work: Work) -> None:
     """Put back everything, if the VM is still here. The first error is raised, after all the rest has been tried."""
+    controller = runs.controller(work.vm_id)
     found = record.read(work.vm_id) if os.path.exists(work.paths.record) else None
     if found is None:
+        runs.note(work.vm_id, controller)
         return
     standing.enforce(work)
-    controller = runs.controller(work.vm_id)
     first: Exception | None = None
     for module, function in PARTS:
         try:
