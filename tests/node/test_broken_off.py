@@ -8,6 +8,7 @@ after. The next status probe finds nothing left to do, the same action succeeds,
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -257,11 +258,23 @@ def _of_container(stage: Stage, backing: dict[str, str]) -> State:
     }
 
 
+def is_at_work(one: Vm) -> bool:
+    """Whether a helper, or its worker, holds the VM's lock; the file of one that was killed may stay."""
+    try:
+        with open(f"/run/onelxc/lock/{one.vm_id}") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def settled(one: Vm) -> str:
     """The VM's state once the probe finds nothing more to do; "" if it knows no such VM any more."""
 
     def look() -> list[str]:
-        if os.path.exists(f"/run/onelxc/lock/{one.vm_id}"):
+        if is_at_work(one):
             return []  # a helper whose caller was killed is still at work
         verdict = next((vm for vm in rootclient.one_shot("reap")["vms"] if vm["id"] == one.vm_id), None)
         done = verdict is None or (verdict["state"] != "busy" and not verdict.get("error"))
