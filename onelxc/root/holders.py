@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from onelxc.errors import StorageError
 from onelxc.model import STATE, VmPaths
@@ -112,13 +112,27 @@ def is_lost(device: str) -> bool:
 
 
 def users_of(point: str) -> tuple[str, ...]:
-    """Processes with an open file, directory or program on the file system mounted at `point`: `bash (4711)`. () if
-    that cannot be told in time: some of the files belong to file systems that a tenant serves."""
+    """Processes with an open file, directory or program on the file system mounted at `point`: `bash (4711)`."""
+
+    def users() -> Iterator[int]:
+        device = os.stat(point).st_dev
+        return (pid for pid in _pids() if any(_on_device(path, device) for path in _references(pid)))
+
+    return _described(users)
+
+
+def mounters_of(device: str) -> tuple[str, ...]:
+    """Processes that see a mount of a block device: one for each mount namespace."""
+    number = _number(device)
+    return _described(lambda: (pid for pid, table in _namespaces() if any(one.device == number for one in table)))
+
+
+def _described(pids: Callable[[], Iterator[int]]) -> tuple[str, ...]:
+    """For an error's text: () if that cannot be told in time. Some of the files belong to file systems that a tenant
+    serves, and he may have thousands of mount namespaces."""
 
     def look() -> bytes:
-        device = os.stat(point).st_dev
-        users = (pid for pid in _pids() if any(_on_device(path, device) for path in _references(pid)))
-        return "\n".join(map(orphans.describe, itertools.islice(users, MOST_USERS))).encode()
+        return "\n".join(map(orphans.describe, itertools.islice(pids(), MOST_USERS))).encode()
 
     try:
         return tuple(filter(None, apart.run(look, limit_s=LOOK_S).decode().split("\n")))
@@ -126,16 +140,14 @@ def users_of(point: str) -> tuple[str, ...]:
         return ()
 
 
-def mounters_of(device: str) -> tuple[str, ...]:
-    """Processes that see a mount of a block device: one for each mount namespace."""
-    number = _number(device)
-    return tuple(orphans.describe(pid) for pid, table in _namespaces() if any(one.device == number for one in table))
-
-
 def unmount_elsewhere(device: str, prefix: str) -> None:
-    """Unmount `device` in all the other mount namespaces, where it is mounted below `prefix`."""
+    """Unmount `device` in all the other mount namespaces, where it is mounted below `prefix`. Only in those of the
+    host's own user namespace: there alone are copies of our mounts, and in others a tenant may have thousands."""
     number = _number(device)
+    ours = os.readlink("/proc/self/ns/user")
     for pid, table in _namespaces():
+        if _link(f"/proc/{pid}/ns/user") != ours:
+            continue
         points = [one.point for one in table if one.device == number and one.point.startswith(prefix)]
         if points:
             _unmount_in(pid, points[::-1])
@@ -174,15 +186,19 @@ def _number(device: str) -> str:
 
 def _namespaces() -> Iterator[tuple[int, Iterator[inside.MountPoint]]]:
     """(a process in it, its mount table) of every mount namespace but ours."""
-    seen = {os.readlink("/proc/self/ns/mnt")}
+    seen = {"", os.readlink("/proc/self/ns/mnt")}
     for pid in _pids():
-        try:
-            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-        except OSError:
-            continue
+        namespace = _link(f"/proc/{pid}/ns/mnt")
         if namespace not in seen:
             seen.add(namespace)
             yield pid, inside.mounts_of(pid)
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def _pids() -> list[int]:

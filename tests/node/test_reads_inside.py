@@ -165,6 +165,25 @@ def test_who_uses_a_disk_is_told_in_time_or_not_at_all(silence: str, monkeypatch
         os.close(held)
 
 
+def test_copies_of_a_mount_are_looked_for_where_they_can_be(vm: NewVm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the mount namespaces of unprivileged tenants, of which there may be thousands, each with a long table."""
+    one = vm(images.busybox_ext4()).deployed().booted()
+    theirs = machine.init_pid(one.name)
+    looked: list[int] = []
+    read = inside.mounts_of
+
+    def mounts_of(pid: int) -> Iterator[inside.MountPoint]:
+        for mount in read(pid):
+            looked.append(pid)
+            yield mount
+
+    monkeypatch.setattr(inside, "mounts_of", mounts_of)
+    (device,) = {mount.source for mount in machine.mounts() if mount.point == VmPaths(one.vm_id).root}
+    holders.unmount_elsewhere(device, "/nowhere/")
+    assert looked
+    assert theirs not in looked
+
+
 def test_a_disk_whose_place_never_answers_is_an_error_in_a_line(vm: NewVm, form: dict[str, str], image: str) -> None:
     one = vm(images.busybox_ext4(), user_template=form).deployed().booted()
     one.inside("mkdir -p /media/silence")
