@@ -42,6 +42,5 @@ def test_once_and_then(tried: Try, mischief: str, action: str) -> None:
     one.do(roots.ONCE[mischief])
     one.run(action)
     one.probes("vm/status", "vm/monitor")
-    one.do("kill -TERM 1")
-    one.run("shutdown")
+    one.run("cancel")
     one.run("deploy")
