@@ -31,7 +31,7 @@ from tests.support import images
 Try = Callable[..., Tried]
 MINUTES = float(os.environ.get("ONELXC_HOSTILE_MINUTES", "0"))
 SEED = int(os.environ.get("ONELXC_HOSTILE_SEED", "0"))
-SHORT, ROUND = 6, 25
+SHORT, ROUND = 5, 25
 """Examples in the short form, and in one round of the long one."""
 GENERATORS = 4
 """They share the time."""

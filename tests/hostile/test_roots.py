@@ -34,9 +34,9 @@ def test_every_action_on_a_root_that(tried: Try, tmp_path: Path, moods: tuple[st
 ACTIONS = ("reboot", "snapshot_create", "attach_disk", "shutdown", "save", "reset", "attach_nic", "exec", "resize_disk")
 
 
-@pytest.mark.parametrize(("mischief", "action"), zip(roots.ONCE, itertools.cycle(ACTIONS)))
+@pytest.mark.parametrize(("mischief", "action"), zip(list(roots.ONCE)[::2], itertools.cycle(ACTIONS)))
 def test_once_and_then(tried: Try, mischief: str, action: str) -> None:
-    """A single mischief, an action, and the start after it, by libvirt or by us. The long form tries all pairs."""
+    """A single mischief, an action, and the start after it, by libvirt or by us. Every second; the long form tries all."""
     one = tried(images.busybox_ext4())
     one.run("deploy")
     one.do(roots.ONCE[mischief])
