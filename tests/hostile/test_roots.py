@@ -36,7 +36,7 @@ ACTIONS = ("reboot", "snapshot_create", "attach_disk", "shutdown", "save", "rese
 
 @pytest.mark.parametrize(("mischief", "action"), zip(list(roots.ONCE)[::2], itertools.cycle(ACTIONS)))
 def test_once_and_then(tried: Try, mischief: str, action: str) -> None:
-    """A single mischief, an action, and the start after it, by libvirt or by us. Every second; the long form tries all."""
+    """A single mischief, an action, and a start after it. Every second; the long form tries all."""
     one = tried(images.busybox_ext4())
     one.run("deploy")
     one.do(roots.ONCE[mischief])
