@@ -22,6 +22,7 @@ Log = Callable[[str], None]
 
 EXT = ("ext2", "ext3", "ext4")
 SUPPORTED = (*EXT, "xfs", "btrfs", "squashfs", "erofs", "f2fs")
+GROWING = (*EXT, "xfs", "btrfs")
 FSCK_LIMIT_S = 600.0
 GROW_FROM = 4 << 20
 """A file system is not grown for less than this: an ext4 group that could hold nothing but its own tables."""
@@ -236,7 +237,7 @@ def grow_mounted(device: str, kind: str, mount_point: str, *, limit_s: float = F
         "xfs": ["xfs_growfs", "-d", mount_point],
         "btrfs": ["btrfs", "filesystem", "resize", "max", mount_point],
     }.get(kind, ["resize2fs", device])
-    if kind not in (*EXT, "xfs", "btrfs"):
+    if kind not in GROWING:
         raise StorageError(f"Cannot grow a {kind} file system")
     try:
         command.run(argv, timeout_s=limit_s, verb=f"grow the {kind} file system at {mount_point}")

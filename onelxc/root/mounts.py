@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onelxc.errors import StorageError
-from onelxc.root import filesystems, idmap, loops, nbd, partitions, shift, syscalls
+from onelxc.root import contents, filesystems, idmap, loops, nbd, partitions, shift, syscalls
 from onelxc.root.parttable import Entry
 
 Log = Callable[[str], None]
@@ -72,7 +72,9 @@ def open_image(
         raise StorageError(f"Cannot use {name}: it is {kind}")
     if size_mb and not read_only and size_mb * _MIB - os.lseek(fd, 0, os.SEEK_END) >= _MIB:
         # looked at before: what is no image is not ours to change
-        _refuse_unknown(filesystems.probe_parts(fd, [(0, 0)], name)[0], name)
+        found = filesystems.probe_parts(fd, [(0, 0)], name)[0]
+        _refuse_unknown(path, found, name)
+        _refuse_truncated(path, found, os.lseek(fd, 0, os.SEEK_END), name)
         if stat.S_ISREG(status.st_mode):
             os.ftruncate(fd, size_mb * _MIB)
         elif nbd.name_of(path) and enlarge is not None:
@@ -111,7 +113,8 @@ def _partition(fd: int, name: str, log: Log, *, root: bool, read_only: bool) -> 
 
 def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: bool, fsck_limit_s: float) -> Detached:
     found = filesystems.probe(device, name)
-    _refuse_unknown(found, name)
+    _refuse_unknown(device, found, name)
+    _refuse_truncated(device, found, device_bytes(device), name)
     if not read_only:
         filesystems.check(device, found.kind, log, limit_s=fsck_limit_s)
         filesystems.grow_unmounted(device, found.kind, device_bytes(device), log, limit_s=fsck_limit_s)
@@ -126,10 +129,28 @@ def _open_device(device: str, name: str, log: Log, *, read_only: bool, root: boo
     return detached
 
 
-def _refuse_unknown(found: filesystems.Found, name: str) -> None:
+def _refuse_unknown(path: str, found: filesystems.Found, name: str) -> None:
     if found.kind not in filesystems.SUPPORTED and not (found.partitions and not found.kind):
-        what = found.kind
-        raise StorageError(f"Cannot mount {name}: " + (f"it holds {what}" if what else "there is no file system in it"))
+        what = f"it holds {found.kind}" if found.kind else _other_disk(path) or "there is no file system in it"
+        raise StorageError(f"Cannot mount {name}: {what}")
+
+
+def _other_disk(path: str) -> str:
+    """What libblkid has no word for: another hypervisor's disk."""
+    with open(path, "rb") as file:
+        content = contents.look(file.read(contents.HEAD))
+    return f"it is {content.name}: {contents.USABLE}" if content and content.use == contents.DISK else ""
+
+
+def _refuse_truncated(path: str, found: filesystems.Found, there: int, name: str) -> None:
+    """An image that lost its end: the kernel says "Invalid argument", and zeros in its place would be damage unseen."""
+    if found.kind not in filesystems.GROWING:
+        return
+    own = filesystems.own_bytes(path, found.kind)
+    if own > there:
+        raise StorageError(
+            f"Cannot mount {name}: it is truncated: its {found.kind} has {own} bytes, of which {there} are there"
+        )
 
 
 def device_bytes(device: str) -> int:

@@ -14,12 +14,12 @@ import pytest
 from onelxc import config
 from onelxc.errors import StorageError
 from onelxc.model import Disk, VmPaths
-from onelxc.root import filesystems, loops, rbd
+from onelxc.root import filesystems, loops, mounts, rbd
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 from tests.node.test_life import configured
 from tests.support import images, machine
-from tests.support.diskimages import BEFORE_ALL, BETWEEN, LAST, empty, filled, mounted, partitioned, sh
+from tests.support.diskimages import BEFORE_ALL, BETWEEN, LAST, empty, filled, make, mounted, partitioned, sh
 from tests.support.frontends import MONITORD
 from tests.support.vms import Vm
 
@@ -219,6 +219,32 @@ def test_an_unclean_file_system_is_repaired_first_and_a_broken_one_told(vm: NewV
     message = one.driver.message(refused)
     assert "e2fsck" in message, message
     assert "RUN fsck MANUALLY" in message, message
+
+
+@pytest.mark.parametrize("kind", ["ext2", "ext4", "xfs", "btrfs"])
+@pytest.mark.parametrize("size_mb", [None, 400])
+def test_an_image_that_lost_its_end_is_told_and_not_filled_up(tmp_path: Path, kind: str, size_mb: int | None) -> None:
+    """Zeros in place of what is missing would be mounted, and be damage that nobody sees."""
+    image = tmp_path / "disk"
+    make(kind, str(empty(image, XFS_MB)))
+    os.truncate(image, (XFS_MB - 20) << 20)
+    for read_only in (False, True):
+        with open(image, "rb" if read_only else "r+b") as file, pytest.raises(StorageError) as raised:
+            mounts.open_image(file.fileno(), "disk.1", print, read_only=read_only, size_mb=size_mb)
+        assert f"Cannot mount disk.1: it is truncated: its {kind} has " in str(raised.value)
+    assert image.stat().st_size == (XFS_MB - 20) << 20
+
+
+@pytest.mark.parametrize("form,name", [("vmdk", "VMDK"), ("vdi", "VDI"), ("vhdx", "VHDX"), ("vpc", "VHD")])
+@pytest.mark.parametrize("size_mb", [None, 400])
+def test_the_disk_of_another_hypervisor_is_named(tmp_path: Path, form: str, name: str, size_mb: int | None) -> None:
+    image = tmp_path / "disk"
+    sh("qemu-img", "create", "-q", "-f", form, str(image), "64M")
+    before = image.read_bytes()
+    with open(image, "r+b") as file, pytest.raises(StorageError) as raised:
+        mounts.open_image(file.fileno(), "disk.1", print, size_mb=size_mb)
+    assert str(raised.value).startswith(f"Cannot mount disk.1: it is a {name} disk: a disk may be "), raised.value
+    assert image.read_bytes() == before
 
 
 def test_symbolic_links_are_followed_and_stay(vm: NewVm, tmp_path: Path) -> None:
