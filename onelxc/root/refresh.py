@@ -28,8 +28,10 @@ PARTS: tuple[tuple[str, str], ...] = (
 def verb(work: Work, request: dict[str, Any]) -> dict[str, Any]:
     """The verb, for actions that have restarted the container themselves, under the lock that the hub waits for.
 
-    The container runs: what could not be put back is no failure of the action. It is tried again by the hub.
+    The container runs: what could not be put back is no failure of the action. It is tried again by the hub. One that
+    may not run is ended, and that is a failure.
     """
+    standing.enforce(work)
     try:
         refresh(work)
     except (OneLxcError, OSError):
