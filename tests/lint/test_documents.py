@@ -73,3 +73,25 @@ def test_stanzas(part: str, driver: str) -> None:
         assert (attribute.get("ARGUMENTS") or "").split()[-1] == driver
         if attribute.name == "VM_MAD":
             assert attribute.get("TYPE") == "xml"
+
+
+# docs/security.md names tests and code that there are, and each attack the test that holds it, or that there is none.
+def test_attacks_name_their_tests() -> None:
+    text = (REPOSITORY / "docs/security.md").read_text()
+    for path in re.findall(r"tests/[\w/]+(?:\.py)?", text):
+        assert (REPOSITORY / path).exists(), path
+    rows = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
+    attacks = [row for row in rows if row not in ("attack | held by", "danger | held by", "--- | ---")]
+    assert attacks
+    for row in attacks:
+        source, found = "", "No test" in row
+        for word in re.findall(r"`([^`]+)`", row):
+            if word.startswith("tests/"):
+                source = (REPOSITORY / word).read_text()
+            elif word.startswith("test_"):
+                assert f"\ndef {word}(" in source, f"{word} is not in the file named before it: {row}"
+                found = True
+            elif word.endswith(".py"):
+                assert (REPOSITORY / "onelxc" / word).is_file(), word
+        assert found, f"no test is named: {row}"
+        assert re.sub(r"`[^`]+`", "", row).count("tests/") == 0, f"a test that is not in backquotes: {row}"
