@@ -3,7 +3,8 @@
 Looking costs nothing but the kernel's files. Only when something has changed (or every three minutes, or while
 somebody works on a VM or something remains to be done) the root helper is asked, which first lets go of what a dead
 container held and then says so: OpenNebula may move or delete the disks the moment it reads POWEROFF. It also knows
-which frozen container is one that we suspended, and which is only held still while its disks are copied.
+which frozen container is one that we suspended, and which is only held still while its disks are copied. Where the hub shows no life the helper is asked
+more often: it refreshes the leases of the disks, and starts the hub.
 
 oned ignores what it is told within 30 s after it changed a VM's state itself (InformationManager.cc), so each change
 is repeated for a minute.
@@ -29,6 +30,9 @@ _CONFIGURATION_LIMIT = 1 << 20
 PAUSED_S = 30
 """A container that stays frozen is asked about again after this time."""
 
+HUB_S = 5
+"""A hub that lives gives a sign of it every two seconds (see `root.keeper`)."""
+
 SETUP_S = 60.0
 """Longer than libvirt takes to set a container up."""
 
@@ -50,7 +54,8 @@ def run() -> str:
     states, asked, unfinished = before, float(kept.get("asked", 0.0)), bool(kept.get("unfinished"))
     frozen = any("/frozen" in one for one in seen)
     unsettled = kept.get("unfinished") or BUSY in before.values() or any(map(_is_left, seen))
-    if sync or seen != kept.get("seen") or unsettled or (frozen and now - asked >= PAUSED_S):
+    again = (frozen and now - asked >= PAUSED_S) or _unkept(seen, asked)
+    if sync or seen != kept.get("seen") or unsettled or again:
         answers = helperinfo.ask("reap")["vms"]
         states, asked = {**_running(seen), **_states(answers)}, now
         unfinished = any(vm.get("error") for vm in answers)
@@ -73,7 +78,8 @@ def reap_if_needed() -> str:
     kept = samples.load(FILE)
     now = samples.now_s()
     seen = look()
-    if seen != kept.get("seen") or any(map(_is_left, seen)) or now - kept.get("asked", 0.0) >= SYNC_S:
+    asked = float(kept.get("asked", 0.0))
+    if seen != kept.get("seen") or any(map(_is_left, seen)) or now - asked >= SYNC_S or _unkept(seen, asked):
         try:
             verdicts()
         except HelperError as error:
@@ -123,6 +129,12 @@ def _foreign(container: containers.Container, host: dict[str, set[int]]) -> str:
     if setup and samples.now_s() - containers.started_s(container) < SETUP_S:
         return ""
     return f"/foreign {held}"
+
+
+def _unkept(seen: list[str], asked: float) -> bool:
+    """Whether nobody refreshes the leases of those that run: another host may take their disks after a while."""
+    beat = kernelfile.number(names.HUB_BEAT) or 0
+    return bool(seen) and samples.now_s() - max(beat, asked) >= HUB_S
 
 
 def _is_left(one: str) -> bool:

@@ -70,6 +70,7 @@ def wait_until_free(work: Work, images: set[tuple[int, int]], devices: Sequence[
     container started since ours keeps a copy of our mounts in its controller's namespace: those are unmounted there.
     """
     deadline = time.monotonic() + FREE_S
+    images = images | {pair for pair in map(_identity, devices) if pair}
     for attempt in range(10**6):
         own = [one for one in loops_over(images) if not _is_of_another(one, work)] if images else []
         held = [*own, *(one for one in devices if not is_free(one))]
@@ -85,6 +86,14 @@ def wait_until_free(work: Work, images: set[tuple[int, int]], devices: Sequence[
                 f" in use by {', '.join(users) or 'the kernel'}"
             )
         time.sleep(0.005 if attempt < 20 else 0.05)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _is_of_another(device: str, work: Work) -> bool:
@@ -103,11 +112,7 @@ def refuse_used(path: str, images: set[tuple[int, int]]) -> None:
 
 def is_lost(device: str) -> bool:
     """Whether the file behind a loop device has been deleted. An NFS client renames what is deleted while in use."""
-    try:
-        with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file", errors="surrogateescape") as file:
-            path = file.read().rstrip("\n")
-    except OSError:
-        return False
+    path = loops.backing_path(device)
     return path.endswith(" (deleted)") or bool(re.match(r"\.nfs[0-9a-f]{16,}", os.path.basename(path)))
 
 

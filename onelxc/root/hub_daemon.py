@@ -169,10 +169,15 @@ class Hub:
         _bound_own_log()
         if not lock.is_at(self._held, PID):
             self._stopped = True  # somebody has cleared /run; the next hub does not know of this one
-        if self._running or len(self._consoles) or self._working or self._waiting or not self._ready:
+        if self._is_busy():
             self._busy_at = now
         elif now - self._busy_at > self._idle_s and _may_end(self._idle_s):
             self._stopped = True
+
+    def _is_busy(self) -> bool:
+        if self._running or len(self._consoles) or self._keeper.at_work:
+            return True
+        return bool(self._working or self._waiting or not self._ready)
 
 
 def _may_end(idle_s: float) -> bool:

@@ -3,6 +3,9 @@
 A thread of the hub. Each VM is looked at in a thread of its own, since a file server that does not answer holds up
 whoever asks it. What is to be done about a VM is the hub's to start, under the VM's lock (`fence`); nothing else is
 changed here, except for a lease that somebody removed by hand while no other host can have taken it.
+
+Each turn writes down when it was (`names.HUB_BEAT`). A hub that was killed, stopped or hangs writes nothing, and then
+the status probe has the leases seen to.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from onelxc import config
+from onelxc import config, names, samples
 from onelxc.errors import ConfigurationError, OneLxcError
 from onelxc.model import VmPaths
 from onelxc.root import leases, record
@@ -36,11 +39,17 @@ class Keeper(threading.Thread):
         self._alive: dict[str, float] = {}
         """Token of a lease: a time at which it was ours for certain, by the file server's clock."""
 
+    @property
+    def at_work(self) -> bool:
+        """Whether there are VMs whose leases have to be kept: such as are being deployed as well."""
+        return bool(self._due)
+
     def run(self) -> None:
         told = ""
         while True:
             try:
                 self._turn()
+                _beat()
                 told = ""
             except (OneLxcError, OSError) as error:
                 if str(error) != told:
@@ -57,7 +66,7 @@ class Keeper(threading.Thread):
 
     def _turn(self) -> None:
         policy = self._policy = self._read_policy()
-        now = time.monotonic()
+        now = samples.now_s()
         running = set(record.vm_ids())
         for gone in set(self._due) - running:
             del self._due[gone]
@@ -82,9 +91,18 @@ class Keeper(threading.Thread):
 
     def _keep(self, vm_id: int, entry: Entry, policy: config.HostConfig) -> State:
         token = str(entry.what["token"])
-        found, refreshed = leases.keep(str(entry.what["path"]), token, policy)
+        found, refreshed = leases.keep(vm_id, entry, policy)
         if found in (State.HELD, State.WANTED):
             self._alive[token] = refreshed
         if found is State.MISSING and not leases.is_suspended(vm_id):
-            return leases.renew(vm_id, entry, policy, self._alive.get(token, 0.0))
+            return leases.renew(vm_id, entry, policy, self._alive.get(token, float(entry.what.get("at", 0.0))))
         return found
+
+
+def _beat() -> None:
+    fd = os.open(names.HUB_BEAT, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        os.fchmod(fd, 0o644)
+        os.pwrite(fd, b"%d\n" % samples.now_s(), 0)
+    finally:
+        os.close(fd)

@@ -12,6 +12,7 @@ the file is removed. What a lease means, and when it is void, is for `leases` to
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -23,8 +24,13 @@ from onelxc import jsontext
 from onelxc.root import syscalls
 
 _HALF = 512
+_LONGEST = 200
+"""Of an image's name, in bytes: a lease's own name adds to it, and no name has more than 255."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_NO_LEASE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES)
+"""A link, a FIFO or socket that nobody serves, a directory, a file of somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,24 @@ class Seen:
 
 def name_for(image: str) -> str:
     """The lease of the file `image` in the same directory."""
+    if len(os.fsencode(image)) > _LONGEST:
+        import hashlib
+
+        image = hashlib.sha256(os.fsencode(image)).hexdigest()
     return f".{image}.onelxc-lease"
 
 
 def read(directory: int, name: str) -> Seen | None:
     """The lease of that name, None if there is none. OSError if that cannot be told."""
     with _as_owner(directory):
-        try:
-            fd = os.open(name, _READ, dir_fd=directory)
-        except FileNotFoundError:
-            return None
-        try:
-            return _read(fd)
-        finally:
-            os.close(fd)
+        return _read_at(directory, name)
+
+
+def _read_at(directory: int, name: str) -> Seen | None:
+    try:
+        return _look(directory, name)
+    except FileNotFoundError:
+        return None
 
 
 def _read(fd: int) -> Seen:
@@ -105,9 +115,9 @@ def _object(data: bytes) -> dict[str, Any]:
 
 def refresh(directory: int, name: str, token: str) -> Seen | None:
     """Give a sign of life if the lease is ours still, and tell what is there."""
-    with _opened(directory, name) as fd:
+    with _opened(directory, name, _READ) as fd:
         if fd is None:
-            return None
+            return _read_at(directory, name)
         seen = _read(fd)
         if _is_ours(seen, token):
             os.utime(fd)
@@ -116,7 +126,7 @@ def refresh(directory: int, name: str, token: str) -> Seen | None:
 
 def write_note(directory: int, name: str, note: dict[str, str], *, sign_of_life: bool) -> None:
     """Ask the holder, answer, or (with {}) take a request back."""
-    with _opened(directory, name) as fd:
+    with _opened(directory, name, _WRITE) as fd:
         if fd is None:
             return
         before = os.fstat(fd)
@@ -153,11 +163,12 @@ def displace(directory: int, name: str, token: str, aside: str) -> bool:
 
 
 def _look(directory: int, name: str) -> Seen:
-    fd = os.open(name, _READ, dir_fd=directory)
-    try:
-        return _read(fd)
-    finally:
-        os.close(fd)
+    """What is there, whatever it is: a link, a socket or what only others may read says nothing."""
+    with _opened(directory, name, _READ) as fd:
+        if fd is not None:
+            return _read(fd)
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return Seen(None, {}, status.st_ino, status.st_mtime, status.st_ctime)
 
 
 def _is_ours(seen: Seen | None, token: str) -> bool:
@@ -181,11 +192,16 @@ class Draft:
 
     def __enter__(self) -> Draft:
         with _as_owner(self._directory):
+            _unlink(self._directory, self._own)  # of one who was killed while he renewed it
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self._own, flags, 0o644, dir_fd=self._directory)
+        try:
             os.fchmod(self._fd, 0o644)
             os.pwrite(self._fd, _content(self._lease, os.fstat(self._fd).st_ino) + _padded({}), 0)
             os.fsync(self._fd)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,15 +241,22 @@ def _padded(content: dict[str, Any]) -> bytes:
 
 def _unlink(directory: int, name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=directory)
+        try:
+            os.unlink(name, dir_fd=directory)
+        except IsADirectoryError:
+            with contextlib.suppress(OSError):  # what somebody has put into it is not ours to remove
+                os.rmdir(name, dir_fd=directory)
 
 
 @contextlib.contextmanager
-def _opened(directory: int, name: str) -> Iterator[int | None]:
+def _opened(directory: int, name: str, flags: int) -> Iterator[int | None]:
+    """A descriptor of the lease; None where there is none, or something that is no lease and cannot be opened."""
     with _as_owner(directory):
         try:
-            fd = os.open(name, _WRITE, dir_fd=directory)
-        except FileNotFoundError:
+            fd = os.open(name, flags, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in _NO_LEASE:
+                raise
             yield None
             return
         try:

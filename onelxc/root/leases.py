@@ -99,9 +99,10 @@ def take(work: Work, disk: Disk) -> None:
         try:
             with Draft(place.directory, place.name, lease) as draft:
                 _Taking(work, disk, place, draft, lease).run()
+                taken = draft.now()
         except OSError as error:
             raise StorageError(f"Cannot write the lease {place.path}: {error.strerror}") from error
-        work.journal.take(KIND, path=place.path, token=token, disk=disk.disk_id)
+        work.journal.take(KIND, path=place.path, token=token, disk=disk.disk_id, at=taken)
         work.journal.gave_back(trying)
 
 
@@ -142,11 +143,30 @@ def _place(work: Work, disk: Disk) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def _directory(work: Work, path: str) -> Iterator[int]:
-    directory = validate.find_directory(posixpath.dirname(path), work.config)
+    directory = _find_directory(work.vm_id, path, work.config)
     try:
         yield directory
     finally:
         os.close(directory)
+
+
+def _find_directory(vm_id: int, path: str, config: HostConfig) -> int:
+    """The directory of a lease, or where it was moved to, with an image that a running container has open. The kernel
+    knows where that is. A suspended one goes by OpenNebula's word that it is elsewhere.
+    """
+    try:
+        return validate.find_directory(posixpath.dirname(path), config)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError) or is_suspended(vm_id):
+            raise
+        from onelxc.root import holders, loops
+
+        images = map(loops.backing_path, holders.loops_below(VmPaths(vm_id).mounts))
+        name = posixpath.basename(path)
+        moved = next((one for one in images if leasefile.name_for(posixpath.basename(one)) == name), None)
+        if moved is None:
+            raise
+        return validate.find_directory(posixpath.dirname(moved), config)
 
 
 class _Taking:
@@ -214,6 +234,8 @@ class _Taking:
         if alive and watched_s > limit / 2 and not ending:
             raise self._error(f"{who} has it and does not let go; end its container there")
         age = self._draft.now() - (seen.arrived if seen.is_copy else seen.refreshed)
+        if not alive and age < 0 and watched_s >= limit:
+            age = watched_s  # the server's clock was set back since
         if age >= limit and not alive and watched_s >= (0 if seen.is_copy else limit / 4):
             self._work.log(f"{who} has given no sign of life for {age:.0f} s: taking {self._disk.path} over")
             return True
@@ -249,10 +271,11 @@ def of(entries: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.kind == KIND]
 
 
-def keep(path: str, token: str, config: HostConfig) -> tuple[State, float]:
+def keep(vm_id: int, entry: Entry, config: HostConfig) -> tuple[State, float]:
     """Refresh a lease of ours; how it is, and when it was refreshed before. For those who hold no VM's lock, too."""
+    path, token = str(entry.what["path"]), str(entry.what["token"])
     try:
-        directory = validate.find_directory(posixpath.dirname(path), config)
+        directory = _find_directory(vm_id, path, config)
     except StorageError as error:
         return (State.GONE if isinstance(error.__cause__, FileNotFoundError) else State.UNKNOWN), 0.0
     try:
@@ -265,7 +288,7 @@ def keep(path: str, token: str, config: HostConfig) -> tuple[State, float]:
 
 
 def _state(seen: Seen | None, token: str) -> State:
-    if seen is None:
+    if seen is None or seen.lease is None:  # what somebody has put there, but no other host
         return State.MISSING
     if leasefile.token_of(seen) != token:
         return State.LOST
@@ -277,7 +300,7 @@ def state(vm_id: int, entries: Iterable[Entry], config: HostConfig) -> State:
 
     A suspended container whose lease has gone has lost its disks. Of one that runs that is not certain: see `keeper`.
     """
-    found = {keep(str(entry.what["path"]), str(entry.what["token"]), config)[0] for entry in of(entries)}
+    found = {keep(vm_id, entry, config)[0] for entry in of(entries)}
     return worst(found, suspended=is_suspended(vm_id))
 
 
@@ -297,8 +320,13 @@ def renew(vm_id: int, entry: Entry, config: HostConfig, refreshed: float) -> Sta
     try:
         lease = _lease(vm_id, int(entry.what["disk"]), token, config)
         with Draft(directory, posixpath.basename(path), lease) as draft:
-            may = draft.now() - refreshed < config.lease_timeout_s
-            return State.HELD if may and draft.publish() else State.LOST
+            if draft.now() - refreshed >= config.lease_timeout_s:
+                return State.LOST
+            seen = leasefile.read(directory, posixpath.basename(path))
+            if seen is not None and seen.lease is None:
+                aside = f"{posixpath.basename(path)}.{token}.old"
+                leasefile.displace(directory, posixpath.basename(path), leasefile.token_of(seen), aside)
+            return State.HELD if draft.publish() else State.LOST
     finally:
         os.close(directory)
 

@@ -188,6 +188,15 @@ def backing_identity(device: str) -> tuple[int, int] | None:
         os.close(fd)
 
 
+def backing_path(device: str) -> str:
+    """The path of the file behind a loop device as the kernel knows it now: with " (deleted)" if so. "" if none."""
+    try:
+        with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def _decode_device(encoded: int) -> int:
     """The kernel's huge_encode_dev as os.stat gives it."""
     return os.makedev((encoded & 0xFFF00) >> 8, (encoded & 0xFF) | ((encoded >> 12) & 0xFFF00))

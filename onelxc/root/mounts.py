@@ -80,7 +80,8 @@ def open_image(
         elif nbd.name_of(path) and enlarge is not None:
             enlarge(path, size_mb * _MIB)
     part = _partition(fd, name, log, root=root, read_only=read_only)
-    if part is None and stat.S_ISBLK(status.st_mode):
+    # a device that could be written to is: mounting an unclean file system, read-only, plays its journal back
+    if part is None and stat.S_ISBLK(status.st_mode) and not read_only:
         return _open_device(path, name, log, read_only=read_only, root=root, fsck_limit_s=fsck_limit_s)
     offset, size = (part.offset, part.size) if part else (0, 0)
     with loops.attach(fd, read_only=read_only, name=name, offset=offset, size=size) as loop:

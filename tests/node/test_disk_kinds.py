@@ -14,11 +14,11 @@ import pytest
 from onelxc import config
 from onelxc.errors import StorageError
 from onelxc.model import Disk, VmPaths
-from onelxc.root import filesystems, loops, mounts, rbd
+from onelxc.root import filesystems, holders, loops, mounts, rbd
 from onelxc.root.journal import Journal
 from onelxc.root.work import Work
 from tests.node.test_life import configured
-from tests.support import images, machine
+from tests.support import hostconf, images, machine
 from tests.support.diskimages import BEFORE_ALL, BETWEEN, LAST, empty, filled, make, mounted, partitioned, sh
 from tests.support.frontends import MONITORD
 from tests.support.vms import Vm
@@ -454,6 +454,34 @@ def test_a_qcow2_attached_grows_and_leaves(vm: NewVm, tmp_path: Path) -> None:
     sh("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw))
     with mounted(raw) as mnt:
         assert (mnt / "file").read_text() == "kept\n"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_device_that_is_only_read_stays_as_it_is(vm: NewVm, tmp_path: Path, kind: str) -> None:
+    """Another host may have it mounted: its journal is not clean then, and playing it back would be writing."""
+    raw, place = empty(tmp_path / "raw", 320), tmp_path / "place"
+    sh(f"mkfs.{kind}", "-q", str(raw))
+    place.mkdir()
+    sh("mount", "-o", "loop", str(raw), str(place))
+    (place / "file").write_text("kept")
+    sh("sync", "-f", str(place))
+    copy = tmp_path / "copy"
+    sh("cp", str(raw), str(copy))
+    sh("umount", str(place))
+    before = copy.read_bytes()
+    device = sh("losetup", "--find", "--show", str(copy)).strip()
+    one = vm(images.busybox_ext4())
+    try:
+        os.symlink(device, one.path("disk.1"))
+        one.disks.append({"DISK_ID": 1, "TARGET": "/mnt/d", "READONLY": "YES", "TYPE": "BLOCK"})
+        with hostconf.with_line('BLOCK_DEVICES = "/dev/loop*"'):
+            one.deployed().booted()
+            one.inside("ls /mnt/d")
+            one.act("cancel").ok()
+        assert holders.is_free(device)
+    finally:
+        sh("losetup", "-d", device)
+    assert copy.read_bytes() == before
 
 
 def test_a_btrfs_clone_gets_a_uuid_of_its_own(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

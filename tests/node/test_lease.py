@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from onelxc import rootclient
+from onelxc import names, rootclient
+from onelxc.model import VmPaths
 from onelxc.root import hub, leasefile, leases, record
 from tests.support import hostconf, images, machine
-from tests.support.vms import HOST, MONITORD, Vm
+from tests.support.stream import USER
+from tests.support.vms import HOST, MONITORD, REMOTES, Vm
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.generation(MONITORD)
@@ -237,6 +240,48 @@ def test_a_status_probe_lets_go_where_no_hub_runs(vm: NewVm, short: None, host_b
     assert one.name not in machine.domains()
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_status_probe_sees_to_the_leases_of_a_hub_that_shows_no_life(vm: NewVm, sent: int) -> None:
+    one = vm().deployed().booted()
+    probe = f"{REMOTES}/im/onelxc-probes.d/vm/status/onelxc lxc 2 {HOST}"
+    pid = hub.pid()
+    assert pid is not None
+    command = ["bash", "-c", f"while {probe} </dev/null; do sleep 1; done"]
+    loop = subprocess.Popen(command, stdout=subprocess.PIPE, user=USER, group=USER, cwd="/", start_new_session=True)
+    try:
+        assert loop.stdout is not None
+        loop.stdout.readline()
+        os.kill(pid, sent)
+        for _ in range(2):
+            killed = time.time()
+            wait_until(lambda: (seen := lease(one)) is not None and seen.refreshed > killed, "life", timeout_s=30)  # noqa: B023
+        assert (hub.pid() == pid) == (sent == signal.SIGSTOP)
+    finally:
+        if sent == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+        os.killpg(loop.pid, signal.SIGKILL)
+        loop.communicate()
+
+
+def test_the_hub_stays_while_a_long_deploy_has_a_lease(vm: NewVm, tmp_path: Path) -> None:
+    """Nothing of it is mounted as long as an archive is imported; what keeps the lease alive must not be idle."""
+    no_hub()
+    one = vm()
+    other = Path(VmPaths(one.vm_id).state)
+    daemon = subprocess.Popen([REPOSITORY / "libexec/onelxc-hub", "--idle-s", "0.5"])
+    try:
+        other.mkdir(parents=True, exist_ok=True)
+        wait_until(lambda: os.path.exists(names.HUB_BEAT) and hub.is_running(), "the hub")
+        os.utime(hub.PID, (0, 0))
+        with pytest.raises(subprocess.TimeoutExpired):
+            daemon.wait(8)
+        other.rmdir()
+        assert daemon.wait(20) == 0
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
 def _taken_by_force(one: Vm) -> None:
     """What another host does when this one gave no sign of life for long: it was away, its virtual machine paused."""
     directory = os.open(one.directory, os.O_RDONLY)
@@ -323,6 +368,76 @@ def test_one_that_cannot_be_read_goes_by_its_age(vm: NewVm, short: None) -> None
         os.utime(path, (0, 0))
         one.deployed()
         one.act("cancel").ok()
+
+
+def _socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path)
+
+
+JUNK: dict[str, Callable[[str], None]] = {
+    "a directory": os.mkdir,
+    "a FIFO": os.mkfifo,
+    "a socket": _socket,
+    "a link": lambda path: os.symlink("/etc/hostname", path),
+    "a link to nothing": lambda path: os.symlink("nothing", path),
+    "huge": lambda path: machine.command("truncate", "-s", "1T", path) and None,
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_what_is_no_lease_keeps_nobody(vm: NewVm, short: None, what: str) -> None:
+    one = vm()
+    path, before = one.path(leasefile.name_for("disk.0")), Path("/etc/hostname").read_bytes()
+    JUNK[what](path)
+    os.utime(path, (0, 0), follow_symlinks=False)
+    one.deployed().booted()
+    first = machine.init_pid(one.name)
+    os.unlink(path)
+    JUNK[what](path)  # and while it runs
+    wait_until(lambda: (seen := lease(one)) is not None and seen.lease is not None, "it is written again")
+    assert machine.init_pid(one.name) == first
+    one.act("cancel").ok()
+    assert [name for name in os.listdir(one.directory) if "lease" in name] == []
+    assert Path("/etc/hostname").read_bytes() == before
+
+
+def test_a_lease_of_the_future_ends_as_well(vm: NewVm, short: None, host_b: Callable[[Vm], OtherHost]) -> None:
+    """The server's clock was wrong when its host died."""
+    one = vm()
+    other = host_b(one)
+    assert other.answer() == {"taken": True}
+    other.end()
+    os.utime(one.path(leasefile.name_for("disk.0")), (4e9, 4e9))
+    one.deployed()
+
+
+def test_one_that_runs_keeps_its_disks_when_its_directory_is_moved(
+    vm: NewVm, short: None, host_b: Callable[[Vm], OtherHost]
+) -> None:
+    """As the transfer manager of a shared datastore does, if OpenNebula is told that a refused migration succeeded."""
+    one = vm().deployed().booted()
+    before = one.directory
+    moved = f"{before}.moved"
+    os.rename(before, moved)
+    try:
+        os.utime(f"{moved}/{leasefile.name_for('disk.0')}", (0, 0))
+        one.directory = moved
+        assert "it runs on host" in str(host_b(one).answer().get("error"))
+        assert one.running
+    finally:
+        one.directory = before
+        os.rename(moved, before)
+
+
+def test_an_image_with_the_longest_name_has_one_too(vm: NewVm) -> None:
+    one, image = vm(), "i" * 205
+    os.rename(one.path("disk.0"), one.path(image))
+    os.symlink(image, one.path("disk.0"))
+    one.deployed()
+    assert lease(one, image) is not None
+    one.act("cancel").ok()
+    assert lease(one, image) is None
 
 
 def test_two_vms_of_one_host_do_not_write_to_the_same_image(vm: NewVm) -> None:
