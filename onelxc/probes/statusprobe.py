@@ -3,8 +3,8 @@
 Looking costs nothing but the kernel's files. Only when something has changed (or every three minutes, or while
 somebody works on a VM or something remains to be done) the root helper is asked, which first lets go of what a dead
 container held and then says so: OpenNebula may move or delete the disks the moment it reads POWEROFF. It also knows
-which frozen container is one that we suspended, and which is only held still while its disks are copied. Where the hub shows no life the helper is asked
-more often: it refreshes the leases of the disks, and starts the hub.
+which frozen container is one that we suspended, and which is only held still while its disks are copied.
+Where the hub shows no life the helper is asked more often: it refreshes the leases of the disks, and starts the hub.
 
 oned ignores what it is told within 30 s after it changed a VM's state itself (InformationManager.cc), so each change
 is repeated for a minute.
@@ -52,6 +52,7 @@ def run() -> str:
     sync = kept.get("parent") != os.getppid() or now - kept.get("synced", 0.0) >= _sync_period_s()
     seen = look()
     states, asked, unfinished = before, float(kept.get("asked", 0.0)), bool(kept.get("unfinished"))
+    young = {vm: at for vm, at in kept.get("changed", {}).items() if now - at < REPEAT_S}
     frozen = any("/frozen" in one for one in seen)
     unsettled = kept.get("unfinished") or BUSY in before.values() or any(map(_is_left, seen))
     again = (frozen and now - asked >= PAUSED_S) or _unkept(seen, asked)
@@ -60,8 +61,8 @@ def run() -> str:
         states, asked = {**_running(seen), **_states(answers)}, now
         unfinished = any(vm.get("error") for vm in answers)
         # of what the helper no longer knows nothing is held any more, whoever let go of it
-        states.update({vm: OFF for vm, state in before.items() if vm not in states and state != OFF})
-    changed = {vm: at for vm, at in kept.get("changed", {}).items() if vm in states and now - at < REPEAT_S}
+        states.update({vm: OFF for vm, state in before.items() if vm not in states and (state != OFF or vm in young)})
+    changed = {vm: at for vm, at in young.items() if vm in states}
     changed.update({vm: now for vm, state in states.items() if state != before.get(vm)})
     synced = now if sync else kept["synced"]
     new = {"parent": os.getppid(), "synced": synced, "asked": asked, "seen": seen, "states": states, "changed": changed}

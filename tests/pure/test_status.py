@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onelxc import helperinfo, samples
+from onelxc import helperinfo, names, samples
 from onelxc.errors import HelperError
 from onelxc.probes import statusprobe
 
@@ -28,6 +28,7 @@ class Host:
         self.seen: list[str] = []
         self.verdicts: dict[int, str] | None = {}
         self.asked = 0
+        self.hub_died = 0.0
         monkeypatch.setattr(statusprobe, "look", lambda: list(self.seen))
         monkeypatch.setattr(samples, "now_s", lambda: self.now)
         monkeypatch.setattr(helperinfo, "ask", self._ask)
@@ -41,6 +42,7 @@ class Host:
 
     def tick(self, passed_s: float = 5.0, configuration: str = "") -> str:
         self.now += passed_s
+        Path(names.HUB_BEAT).write_text(f"{self.hub_died or self.now:.0f}\n")
         self.monkeypatch.setattr(sys, "stdin", io.StringIO(configuration))
         return statusprobe.run()
 
@@ -48,6 +50,7 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(samples, "DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(names, "HUB_BEAT", str(tmp_path / "hub.beat"))
     return Host(monkeypatch)
 
 
@@ -79,6 +82,34 @@ def test_a_container_that_ended_is_off_when_the_helper_says_so(host: Host) -> No
     assert host.tick(50) == vm(5, "POWEROFF")
     assert host.tick(20) == ""
     assert host.tick(200) == SYNC + vm(6, "RUNNING")
+
+
+def test_what_is_off_is_repeated_when_something_else_changes(host: Host) -> None:
+    host.seen, host.verdicts = ["one-5/77"], {5: "running"}
+    host.tick()
+    host.tick(70)
+    host.seen, host.verdicts = [], {5: "off"}
+    assert host.tick() == vm(5, "POWEROFF")
+    host.seen, host.verdicts = ["one-6/78"], {6: "running"}
+    assert host.tick(10) == vm(5, "POWEROFF") + vm(6, "RUNNING"), "the helper tells an end once"
+
+
+def test_a_hub_that_shows_no_life_has_the_helper_asked(host: Host) -> None:
+    host.seen, host.verdicts = ["one-5/77"], {5: "running"}
+    host.tick()
+    host.tick(70)
+    assert host.asked == 1
+    host.hub_died = host.now
+    for _ in range(3):
+        host.tick()
+    assert host.asked == 4
+    host.hub_died = 0.0
+    host.tick()
+    assert host.asked == 4
+    host.seen, host.hub_died = [], 1.0
+    host.tick()
+    host.tick()
+    assert host.asked == 5, "where nothing runs no hub is needed"
 
 
 def test_nothing_is_off_while_an_action_works_on_it(host: Host) -> None:
