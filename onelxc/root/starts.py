@@ -87,10 +87,11 @@ def _path(vm_id: int) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    new = f"{path}.{os.getpid()}"  # the status probe notes the same as an action, at the same time
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         if os.write(fd, text.encode()) != len(text):
             raise OSError(28, os.strerror(28), path)
     finally:
         os.close(fd)
-    os.rename(f"{path}.new", path)
+    os.rename(new, path)
