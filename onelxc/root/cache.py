@@ -8,6 +8,7 @@ descriptor that outlives its name, and is never written to.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,8 +23,13 @@ from onelxc.root import copies, record
 Log = Callable[[str], None]
 
 _MIB = 1 << 20
-_NAME = re.compile(r"v1-([0-9]+)-([0-9a-f]{64})-([0-9]+)([ns])(?:\.([0-9a-f-]{36}))?\.ext4")
-"""v1-<bytes of the archive>-<sha256>-<MiB of the image><n or s>[.<boot>].ext4
+_VERSION = "v2"
+"""Of what an import makes. Images of another version have lost attributes that this one keeps: they go."""
+_OTHER_VERSION = re.compile(r"v(?!2d?-)[0-9]+d?-.*\.ext4")
+_NAME = re.compile(_VERSION + r"(d?)-([0-9]+)-([0-9a-f]{64})-([0-9]+)([ns])(?:\.([0-9a-f-]{36}))?\.ext4")
+"""v2[d]-<bytes of the archive>-<sha256>-<MiB of the image><n or s>[.<boot>].ext4
+
+`d`: of a data disk, where nothing is lifted out of `rootfs/`.
 
 `n`: as large as its content wants (natural), `s`: as large as a DISK/SIZE asked for.
 
@@ -42,6 +48,7 @@ class Entry:
     sha256: str
     size_mb: int
     natural: bool
+    data: bool
     boot: str
     bytes: int
     used: float
@@ -69,24 +76,23 @@ class Cache:
             except OSError:
                 continue
             if match:
-                size, sha, mib, kind, boot = match.groups()
-                used = status.st_mtime
-                found.append(
-                    Entry(name, int(size), sha, int(mib), kind == "n", boot or "", status.st_blocks * 512, used)
-                )
+                data, size, sha, mib, kind, boot = match.groups()
+                taken, used = status.st_blocks * 512, status.st_mtime
+                found.append(Entry(name, int(size), sha, int(mib), kind == "n", data == "d", boot or "", taken, used))
         return sorted(found, key=lambda entry: entry.used)
 
     def may_hold(self, archive_bytes: int) -> bool:
         """Whether it is worth reading an archive of this size once to know its content."""
         return self.max_mb > 0 and any(entry.archive_bytes == archive_bytes for entry in self.entries())
 
-    def find(self, archive_bytes: int, sha256: str, wanted_mb: int) -> int | None:
+    def find(self, archive_bytes: int, sha256: str, wanted_mb: int, *, data: bool) -> int | None:
         """A descriptor of an image of this archive, one that can grow to `wanted_mb`; None if there is none."""
         boot = record.boot_id()
         fitting = [
             entry
             for entry in self.entries()
-            if (entry.archive_bytes, entry.sha256) == (archive_bytes, sha256) and entry.boot in ("", boot)
+            if (entry.archive_bytes, entry.sha256, entry.data) == (archive_bytes, sha256, data)
+            and entry.boot in ("", boot)
         ]
         fitting = [entry for entry in fitting if entry.natural or entry.size_mb <= wanted_mb]
         for entry in sorted(fitting, key=lambda entry: abs(entry.size_mb - wanted_mb)):
@@ -110,14 +116,16 @@ class Cache:
             raise
         return fd
 
-    def add(self, archive_bytes: int, sha256: str, image: int, wanted_mb: int, abort: Callable[[], None]) -> None:
+    def add(
+        self, archive_bytes: int, sha256: str, image: int, wanted_mb: int, abort: Callable[[], None], *, data: bool
+    ) -> None:
         """Keep a copy of the finished image, if there is room. What the caller is told to give up passes through."""
         try:
-            self._add(archive_bytes, sha256, image, wanted_mb, abort)
+            self._add(f"{_VERSION}{'d' if data else ''}-{archive_bytes}-{sha256}", image, wanted_mb, abort)
         except OSError as error:
             self.log(f"import cache: not kept: {error.strerror}")
 
-    def _add(self, archive_bytes: int, sha256: str, image: int, wanted_mb: int, abort: Callable[[], None]) -> None:
+    def _add(self, archive: str, image: int, wanted_mb: int, abort: Callable[[], None]) -> None:
         if self.max_mb <= 0:
             return
         status = os.fstat(image)
@@ -133,7 +141,7 @@ class Cache:
             return
         size_mb = status.st_size // _MIB
         kind = "n" if size_mb > wanted_mb else "s"
-        name = f"v1-{archive_bytes}-{sha256}-{size_mb}{kind}.{record.boot_id()}.ext4"
+        name = f"{archive}-{size_mb}{kind}.{record.boot_id()}.ext4"
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         target = -1
         try:
@@ -152,6 +160,7 @@ class Cache:
     def _make_room(self, need: int) -> None:
         """Evict what was unused longest until `need` bytes more are within the limit; entries of a crash go first."""
         boot = record.boot_id()
+        self._remove_other_versions()
         entries = self.entries()
         for entry in entries:
             if entry.boot not in ("", boot):
@@ -167,6 +176,11 @@ class Cache:
             total -= oldest.bytes
             self.log(f"import cache: {oldest.name} goes, unused for longest")
             self._remove(oldest)
+
+    def _remove_other_versions(self) -> None:
+        with contextlib.suppress(OSError):
+            for name in filter(_OTHER_VERSION.fullmatch, os.listdir(self.directory)):
+                os.unlink(os.path.join(self.directory, name))
 
     def _settle(self, entry: Entry, *, keep: bool) -> None:
         """An entry of an earlier boot may never have reached the disk; one of this boot has by now, nearly."""
@@ -192,6 +206,7 @@ class Cache:
 
     def empty(self) -> int:
         """Remove every entry; gives the bytes set free. Deploys that are copying one go on."""
+        self._remove_other_versions()
         freed = 0
         for entry in self.entries():
             self._remove(entry)

@@ -201,7 +201,7 @@ class _Import:
         found = None
         if self.cache.may_hold(self.archive.content):
             sha256 = caches.digest(self.fd, self.archive.content, self.abort)
-            found = self.cache.find(self.archive.content, sha256, self.size_mb or 0)
+            found = self.cache.find(self.archive.content, sha256, self.size_mb or 0, data=self.init is None)
         if found is None:
             self.log("import cache: miss")
             return False
@@ -257,7 +257,7 @@ class _Import:
         """In the cache, where an image's size is a whole number of MiB."""
         if self.cache is not None and not os.fstat(image).st_size % _MIB:
             sha256 = self.sha256 or caches.digest(self.fd, self.archive.content, self.abort)
-            self.cache.add(self.archive.content, sha256, image, wanted_mb, self.abort)
+            self.cache.add(self.archive.content, sha256, image, wanted_mb, self.abort, data=self.init is None)
 
     def _temporary(self) -> int:
         """A file without a name beside the archive; where the file system has no such thing (NFS), one with the name
@@ -301,7 +301,9 @@ class _Import:
                         raise StorageError(f"tar: {error}") from None
                     raise
                 if self.init is not None:
-                    layout.hoist(mount_fd)
+                    left_out = layout.hoist(mount_fd)
+                    if left_out:
+                        self.log(f"left out beside rootfs/: {', '.join(left_out)}")
                     rootfs.find_init(mount_fd, self.init)
                 try:
                     out.finish()

@@ -219,6 +219,22 @@ def test_root_below_rootfs(place: Path, tree: Path, tmp_path: Path, beside: tupl
         assert manifest(mnt) == manifest(tree)
 
 
+def test_nothing_of_use_is_lost_beside_rootfs(place: Path, tree: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    (image / "backups").mkdir(parents=True)
+    sh("cp", "-a", str(tree), str(image / "rootfs"))
+    sh("setfacl", "-m", "u:7:rwx,d:u:8:rx", str(image))
+    assert_refused(place, pack(image), "beside rootfs/ there is 'backups', which would be lost")
+    run_import(place, pack(image), init=None)  # a data disk is what was packed
+    with mounted(place) as mnt:
+        assert manifest(mnt) == manifest(image)
+    (image / "backups").rename(image / "templates")
+    lines = run_import(place, pack(image))
+    assert "left out beside rootfs/: 'templates'" in lines
+    with mounted(place) as mnt:
+        assert manifest(mnt) == manifest(tree)
+
+
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_padding_of_qemu_img_resize_is_harmless(place: Path, tree: Path, compression: str) -> None:
     data = pack(tree, compression=compression)

@@ -69,6 +69,40 @@ def test_the_second_deploy_starts_from_the_first(place: Path) -> None:
     assert not said(deploy(place, archive(), padding=70_000), "miss"), "padding is not content"
 
 
+def test_images_of_an_older_version_go(place: Path) -> None:
+    """They may lack attributes that were lost in their days."""
+    deploy(place, archive())
+    (entry,) = os.listdir(place / "cache")
+    (place / "cache" / entry).rename(place / "cache" / entry.replace("v2-", "v1-"))
+    assert said(deploy(place, archive()), "miss")
+    assert os.listdir(place / "cache") == [entry]
+
+
+def test_a_data_disk_is_not_a_root_of_the_same_archive(place: Path) -> None:
+    """What stands below rootfs/ is lifted out of it for a root only."""
+    data = build(("rootfs/sbin/init", b"#!/bin/sh\n", 0o755), ("rootfs/bin/sh", b"x", 0o755))
+    deploy(place, data)
+    (place / "disk.0").write_bytes(data)
+    directory = os.open(place, os.O_PATH)
+    cache = caches.Cache(str(place / "cache"), 1000, print)
+    assert importer.import_archive(directory, "disk.0", size_mb=None, init=None, log=print, abort=no_abort, cache=cache)
+    os.close(directory)
+    with mounted(place) as mnt:
+        assert (mnt / "rootfs/sbin/init").exists()
+    assert said(deploy(place, data), "hit")
+
+
+def test_a_compressed_image_is_unpacked_once(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "sbin").mkdir()
+    (tmp_path / "sbin/init").write_text("x")
+    (tmp_path / "sbin/init").chmod(0o755)
+    subprocess.run(["mkfs.ext4", "-q", "-d", str(tmp_path), str(place / "image"), "16M"], check=True)
+    data = subprocess.run(["gzip", "-c", str(place / "image")], check=True, stdout=subprocess.PIPE).stdout
+    (place / "image").unlink()
+    assert said(deploy(place, data), "kept")
+    assert said(deploy(place, data), "hit")
+
+
 def test_sizes(place: Path) -> None:
     """A copy can grow, it cannot shrink: an image that was made for a large SIZE is not for everyone."""
     deploy(place, archive(), size_mb=500)

@@ -398,11 +398,11 @@ def test_a_container_with_groups_deeper_than_a_path_ends(vm: NewVm) -> None:
 
 
 def test_what_lies_beside_rootfs_goes_however_deep_it_is(tmp_path: Path) -> None:
-    for name in ("rootfs/etc", "deep", "wide/a"):
+    for name in ("rootfs/etc", "templates", "metadata/a"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "rootfs/etc/kept").write_text("x")
-    (tmp_path / "wide/link").symlink_to("/etc")
-    os.close(deepen(str(tmp_path / "deep"), 3000))
+    (tmp_path / "metadata/link").symlink_to("/etc")
+    os.close(deepen(str(tmp_path / "templates"), 3000))
     top = os.open(tmp_path, os.O_RDONLY)
     layout.hoist(top)
     os.close(top)
