@@ -78,6 +78,11 @@ def _squashfs(fd: int, size: int) -> Archive:
     return _ended("squashfs", fd, size, Archive("squashfs", end))
 
 
+def has_xattrs(fd: int) -> bool:
+    """Whether a squashfs has a table of attributes."""
+    return os.pread(fd, 8, 64) != b"\xff" * 8
+
+
 def _ended(kind: str, fd: int, size: int, archive: Archive) -> Archive:
     """The archive, if there is nothing but zeros behind it."""
     if _last_nonzero(fd, size) >= archive.end:

@@ -1,4 +1,4 @@
-"""Sets the attributes that tar cannot: ACLs that name their users, and what only the host's root may set.
+"""Sets the attributes that tar and cp cannot: ACLs that name their users, and what only the host's root may set.
 
 GNU tar asks the host for the number of a name, and in the jail there is nobody to ask. A name means what it meant
 where the archive was made: the number that goes with it at the archive's own files; else in its /etc/passwd and
@@ -8,10 +8,11 @@ where the archive was made: the number that goes with it at the archive's own fi
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from onelxc.errors import StorageError
 from onelxc.root import posixacl, syscalls
@@ -45,6 +46,40 @@ def restore(mount_fd: int, report: Report) -> None:
             os.close(fd)
 
 
+def copy(source_fd: int, target_fd: int, watch: Callable[[], object]) -> None:
+    """What a copy of one mount in another lacks of the attributes. StorageError names the file; OSError: no room."""
+    pending = [""]
+    while pending:
+        watch()
+        path = pending.pop()
+        fd = syscalls.openat2(source_fd, path or ".", os.O_PATH | os.O_NOFOLLOW)
+        copied = syscalls.openat2(target_fd, path or ".", os.O_PATH | os.O_NOFOLLOW)
+        try:
+            here, there = f"/proc/self/fd/{fd}", f"/proc/self/fd/{copied}"
+            for key in os.listxattr(here):
+                value = os.getxattr(here, key)
+                if key not in os.listxattr(there) or os.getxattr(there, key) != value:
+                    _write(there, path, key, value)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                directory = syscalls.openat2(fd, ".", os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    pending += [f"{path}/{name}" for name in os.listdir(directory)]
+                finally:
+                    os.close(directory)
+        finally:
+            os.close(fd)
+            os.close(copied)
+
+
+def _write(place: str, path: str, key: str, value: bytes) -> None:
+    try:
+        os.setxattr(place, key, value)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise StorageError(f"{_shown(path)}: its attribute {_shown(key)} cannot be set: {error.strerror}") from error
+
+
 def _set(fd: int, path: str, key: str, value: str, names: posixacl.Names) -> None:
     try:
         data = base64.b64decode(value)
@@ -53,7 +88,7 @@ def _set(fd: int, path: str, key: str, value: str, names: posixacl.Names) -> Non
             key, data = f"system.posix_acl_{which}", posixacl.encode(data, names)
         elif not key.startswith(_ALLOWED):
             raise StorageError(f"an attribute {_shown(key)}")
-        os.setxattr(f"/proc/self/fd/{fd}", key, data)
+        _write(f"/proc/self/fd/{fd}", path, key, data)
     except posixacl.UnknownName as error:
         where = "/etc/passwd" if error.kind == "user" else "/etc/group"
         raise StorageError(
@@ -62,8 +97,6 @@ def _set(fd: int, path: str, key: str, value: str, names: posixacl.Names) -> Non
         ) from error
     except (StorageError, ValueError) as error:
         raise StorageError(f"{_shown(path)}: {error}") from error
-    except OSError as error:
-        raise StorageError(f"{_shown(path)}: its attribute {_shown(key)} cannot be set: {error.strerror}") from error
 
 
 def _sure(owners: Mapping[str, int]) -> dict[str, int]:

@@ -19,10 +19,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc import command
 from onelxc.errors import CommandError, OneLxcError, StorageError
 from onelxc.root import archive as archives
-from onelxc.root import attributes, contents, copies, filesystems, layout, loops, rootfs, unpacking, writeout
+from onelxc.root import (
+    attributes,
+    contents,
+    copies,
+    ext4image,
+    filesystems,
+    layout,
+    loops,
+    newfile,
+    rootfs,
+    unpacking,
+    writeout,
+)
 from onelxc.root import cache as caches
 from onelxc.root.unpacking import Limits
 
@@ -35,18 +46,6 @@ _RESERVE = 32 * _MIB
 """What an import leaves free in the datastore at least."""
 _BOMB_FACTOR = 32
 _BOMB_FLOOR = 512 * _MIB
-_FEATURES = (
-    "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,"
-    "dir_nlink,extra_isize,64bit,metadata_csum"
-)
-"""Named one by one: what mke2fs 1.47 takes by default (orphan_file) is unknown to e2fsck 1.46 of the next host."""
-
-_JOURNAL = 64 * _MIB
-"""The most that a journal takes of a file system that is made here."""
-_BYTES_PER_INODE = 8192
-_SPARE_INODES = 1024
-_KEPT_BESIDE = 1.05
-"""What ext4 needs beside what its files take: group descriptors, bitmaps, index blocks."""
 
 
 def import_archive(
@@ -107,7 +106,7 @@ class _Import:
         if self._from_cache():
             return
         inside = self._inside()
-        image = self._temporary()
+        image = newfile.make(self.dir_fd, self.name)
         try:
             (self._unpack_image if inside is not None else self._make)(image, inside or "")
             self._keep(image, 0 if inside is not None else self.size_mb or 0)
@@ -116,7 +115,7 @@ class _Import:
             raise StorageError(self._beyond()) from None
         finally:
             os.close(image)
-            self._remove_temporary()
+            newfile.remove(self.dir_fd, self.name)
 
     @functools.cached_property
     def _unpacking(self) -> unpacking.Unpacking:
@@ -184,7 +183,7 @@ class _Import:
                 if measured:
                     raise StorageError(f"an image of {size >> 20} MiB cannot hold the content: {error}") from None
                 (size, inodes), measured = self._measure(largest), True
-        final = self._fit(image, size, max(self._wanted, content + content // 8 + _SLACK))
+        final = ext4image.fit(image, size, max(self._wanted, content + content // 8 + _SLACK), self.limits.seconds)
         self.log(
             f"imported {self.name} ({self._kind()}, {self.archive.end >> 20} MiB) as ext4:"
             f" {content >> 20} MiB in {final >> 20} MiB, {time.monotonic() - began:.1f} s"
@@ -207,7 +206,7 @@ class _Import:
             return False
         image = -1
         try:
-            image = self._temporary()
+            image = newfile.make(self.dir_fd, self.name)
             shared = copies.clone(found, image)
             if not shared:
                 self._look_for_space(os.fstat(found).st_blocks * 512)
@@ -220,7 +219,7 @@ class _Import:
             os.close(found)
             if image >= 0:
                 os.close(image)
-                self._remove_temporary()
+                newfile.remove(self.dir_fd, self.name)
         how = "shared" if shared else "copied"
         self.log(f"import cache: hit, {self.name} {how} in {time.monotonic() - began:.1f} s")
         return True
@@ -233,10 +232,10 @@ class _Import:
     def _measure(self, largest: int) -> tuple[int, int]:
         """The size and the number of inodes of an image that holds the content in any case."""
         if self.archive.compression == "squashfs":
-            return largest, int.from_bytes(os.pread(self.fd, 4, 4), "little") + _SPARE_INODES
+            return largest, int.from_bytes(os.pread(self.fd, 4, 4), "little") + ext4image.SPARE_INODES
         report = self._unpacking.measure(largest, lambda _: self._watch())
-        size = _round(int(report.needs * _KEPT_BESIDE) + _JOURNAL + _SLACK)
-        return max(size, self._wanted), report.members + report.members // 16 + _SPARE_INODES
+        size = ext4image.room_for(report.needs) + _SLACK
+        return max(_round(size), self._wanted), report.members + report.members // 16 + ext4image.SPARE_INODES
 
     def _look_for_space(self, need: int) -> None:
         space = os.fstatvfs(self.dir_fd)
@@ -259,33 +258,11 @@ class _Import:
             sha256 = self.sha256 or caches.digest(self.fd, self.archive.content, self.abort)
             self.cache.add(self.archive.content, sha256, image, wanted_mb, self.abort, data=self.init is None)
 
-    def _temporary(self) -> int:
-        """A file without a name beside the archive; where the file system has no such thing (NFS), one with the name
-        that the journal knows.
-        """
-        try:
-            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.dir_fd)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                raise
-        self._remove_temporary()
-        return os.open(
-            self._temporary_name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.dir_fd
-        )
-
-    @property
-    def _temporary_name(self) -> str:
-        return os.path.basename(temporary_name(self.name))
-
-    def _remove_temporary(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary_name, dir_fd=self.dir_fd)
-
     def _fill(self, image: int, size: int, inodes: int, largest: int, large_xattrs: bool) -> int:
         """Make the file system and unpack into it; gives the bytes in use. TooSmall if the content does not fit."""
         os.ftruncate(image, 0)
         os.ftruncate(image, size)
-        _make_ext4(image, inodes, large_xattrs)
+        ext4image.make(image, inodes, large_xattrs=large_xattrs)
         options: dict[str, str | None] = {"data": "writeback", "nobarrier": None, "noinit_itable": None}
         with loops.attach(image, name=self.name) as loop:
             mount_fd = filesystems.mount(loop.path, "ext4", read_only=False, nodev=True, options=options)
@@ -322,6 +299,12 @@ class _Import:
                 source = filesystems.mount(loop.path, "squashfs", read_only=True, nodev=True)
             try:
                 self._unpacking.copy(mount_fd, source, watch)
+                if archives.has_xattrs(self.fd):
+                    attributes.copy(source, mount_fd, self.abort)
+            except OSError as error:
+                if error.errno != errno.ENOSPC or large_xattrs:
+                    raise
+                raise unpacking.LargeXattrs from error
             finally:
                 os.close(source)
             return
@@ -363,24 +346,6 @@ class _Import:
             position += len(chunk)
             yield chunk
 
-    def _fit(self, image: int, size: int, wanted: int) -> int:
-        """Cut an image that came out much larger than anyone asked for; OpenNebula 3.2.1 copies every byte of it."""
-        path = f"/proc/self/fd/{image}"
-        _wait_unmounted(path)
-        wanted = _round(wanted)
-        if size <= wanted + max(wanted // 2, 2 * _SLACK):
-            return size
-        with contextlib.suppress(CommandError):
-            command.run(
-                ["resize2fs", "-f", path, f"{wanted >> 10}K"],
-                pass_fds=(image,),
-                timeout_s=self.limits.seconds,
-                verb="shrink the image",
-            )
-        size = filesystems.ext_bytes(path)
-        os.ftruncate(image, size)
-        return size
-
     def _replace(self, image: int) -> None:
         """Give the image the archive's owner, mode and name, durably, in this order."""
         status = os.fstat(self.fd)
@@ -391,34 +356,7 @@ class _Import:
         except OSError as error:
             self._no_space_or(f"writing the image failed: {error.strerror}")
         self.abort()
-        if not os.fstat(image).st_nlink:
-            self._remove_temporary()
-            os.link(f"/proc/self/fd/{image}", self._temporary_name, dst_dir_fd=self.dir_fd, follow_symlinks=True)
-        os.rename(self._temporary_name, self.name, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
-        os.fsync(self.dir_fd)
-
-
-def temporary_name(path: str) -> str:
-    """The name that a finished image has for a moment, beside `path`; the journal has to know it before."""
-    return os.path.join(os.path.dirname(path), f".onelxc-{os.path.basename(path)}.{os.getpid()}")
-
-
-def _make_ext4(image: int, inodes: int, large_xattrs: bool) -> None:
-    """With as many inodes as are asked for, but not fewer than usual."""
-    features = _FEATURES + (",ea_inode" if large_xattrs else "")
-    number = max(inodes, os.fstat(image).st_size // _BYTES_PER_INODE)
-    argv = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-N", str(number), "-m", "0", "-O", features]
-    argv += ["-E", "lazy_itable_init=1,lazy_journal_init=1,discard", f"/proc/self/fd/{image}"]
-    command.run(argv, pass_fds=(image,), verb="make the image's file system")
-
-
-def _wait_unmounted(path: str, limit_s: float = 20.0) -> None:
-    """The file system is let go when the last descriptor closes; wait until its superblock says so."""
-    deadline = time.monotonic() + limit_s
-    while not filesystems.ext_is_clean(path):
-        if time.monotonic() > deadline:
-            raise StorageError("the new image did not become clean after unmounting")
-        time.sleep(0.01)
+        newfile.replace(self.dir_fd, self.name, image)
 
 
 def _round(size: int) -> int:

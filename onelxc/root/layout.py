@@ -21,8 +21,8 @@ _DESCRIBES = re.compile(
 def hoist(mount_fd: int) -> tuple[str, ...]:
     """Lift the content of `rootfs/` to the top where that holds the root (LXD images, exports with a config).
 
-    Only where the top level is not a root file system itself. Single names relative to descriptors, none followed. Gives
-    the names that are gone, which described it; StorageError where others would be.
+    Only where the top level is not a root file system itself. Single names relative to descriptors, none followed.
+    Gives the names that are gone, which described it; StorageError where others would be.
     """
     top = syscalls.openat2(mount_fd, ".", os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -29,6 +29,7 @@ from onelxc.root import (
     loops,
     mounts,
     neighbours,
+    newfile,
     nics,
     placeholders,
     qcow2,
@@ -138,7 +139,7 @@ def _import(work: Work, found: validate.Found, disk: Disk, init: str | None) -> 
     if found.directory < 0:
         return
     # the image has no name but for a moment between its own and the archive's
-    taken = work.journal.take("file", path=importer.temporary_name(found.real))
+    taken = work.journal.take("file", path=newfile.temporary_name(found.real))
     imported = importer.import_archive(
         found.directory,
         found.name,

@@ -16,14 +16,13 @@ import base64
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from onelxc import jsontext
 from onelxc.errors import StorageError
-from onelxc.root import contents, gunzip, paxheader
+from onelxc.root import contents, gunzip, paxheader, tarheader
 from onelxc.root.paxheader import Refused
 
 REFUSED, BROKEN, BEYOND, LARGE_XATTRS = 1, 2, 3, 4
@@ -44,7 +43,6 @@ _IN_ONE_BLOCK = 3900
 """ext4 has some bytes in the inode and a block of 4 KiB for an inode's attributes, if none has an inode of its own."""
 _REPORT_BYTES = 3 * _MOST_DEFERRED
 _ZEROS = bytes(_BLOCK)
-_ENDS = (b"\0", b" ")
 
 _CONTENT, _NO_CONTENT = frozenset(b"\x0007SDV"), frozenset(b"123456")
 _ODD = {ord("M"): "a part of a multi-volume archive", ord("A"): "a Solaris ACL"}
@@ -160,7 +158,7 @@ class _Scanner:
             if header == _ZEROS:
                 self._end()
                 return
-            if not _sums_up(header):
+            if not tarheader.sums_up(header):
                 raise Refused(
                     f"the archive is corrupt: there is no tar header at byte {self._offset()}"
                     if self.report.members
@@ -253,7 +251,7 @@ class _Scanner:
     # what describes the next member
 
     def _extended(self, header: bytes) -> None:
-        size = _number(header[124:136])
+        size = tarheader.number(header[124:136])
         body = self._body(header, size, _LONGEST_PAX, "an extended header")
         if self.described:
             raise Refused("the archive is corrupt: two extended headers for one file")
@@ -271,11 +269,11 @@ class _Scanner:
         name = re.search(rb"(?:\A|\n)[0-9]+ path=([^\n]*)\n", body)
         if name is None and self._have(_BLOCK + -(-len(body) // _BLOCK) * _BLOCK + _BLOCK):
             start = self.position + _BLOCK + -(-len(body) // _BLOCK) * _BLOCK
-            return f"{_shown(_name(self.buffer[start : start + _BLOCK]))}: {text}"
+            return f"{_shown(tarheader.name(self.buffer[start : start + _BLOCK]))}: {text}"
         return f"{_shown(name[1])}: {text}" if name else text
 
     def _describing(self, header: bytes, kind: int) -> None:
-        size = _number(header[124:136])
+        size = tarheader.number(header[124:136])
         if kind in b"g":
             body = self._body(header, size, _LONGEST_PAX, "a global header")
             self._replace(header, size, paxheader.sort_global(paxheader.parse(body)))
@@ -305,7 +303,7 @@ class _Scanner:
             name = self._path(header, {})
             raise Refused(f"{_shown(name)} is {_ODD.get(kind, f'a member of the unknown type {chr(kind)!a}')}")
         values = dict(self.pax.kept) if self.described else {}
-        size = _value(values, b"size", header[124:136]) if kind in _CONTENT else 0
+        size = tarheader.value(values, b"size", header[124:136]) if kind in _CONTENT else 0
         if kind in b"D" or b"GNU.dumpdir" in values:
             self._whole_directory(header, size if kind in b"D" else 0, values)
         self._count(header, kind, size)
@@ -322,7 +320,7 @@ class _Scanner:
 
     def _path(self, header: bytes, values: dict[bytes, bytes]) -> bytes:
         named = values.get(b"GNU.sparse.name") or values.get(b"path")
-        return named or (self.long_name if self.long_name is not None else _name(header))
+        return named or (self.long_name if self.long_name is not None else tarheader.name(header))
 
     def _whole_directory(self, header: bytes, size: int, values: dict[bytes, bytes]) -> None:
         """A directory of an incremental archive lists all its files; those that were not dumped would be missing."""
@@ -359,7 +357,7 @@ class _Scanner:
         ):
             word = os.fsdecode(values.get(key + b"name") or name.split(b"\0", 1)[0])
             if word and header[257:262] == b"ustar" and len(self.seen_owners) < _MOST_NAMES:
-                value = _value(values, key + b"id", number)
+                value = tarheader.value(values, key + b"id", number)
                 known[word] = value if known.get(word, value) == value else -1
         if not values:
             self.seen_owners.add(raw)
@@ -378,50 +376,13 @@ class _Scanner:
     def _sparse_map(self, header: bytes) -> None:
         """The further blocks of an old sparse file's map stand between header and content."""
         if header[257:265] != b"ustar  \0":
-            raise Refused(f"{_shown(_name(header))} is a sparse file in a form other than GNU tar's")
+            raise Refused(f"{_shown(tarheader.name(header))} is a sparse file in a form other than GNU tar's")
         more = header[482]
         while more:
             if not self._have(_BLOCK):
                 self._truncated()
             more = self.buffer[self.position + 504]
             self.position += _BLOCK
-
-
-def _sums_up(header: bytes) -> bool:
-    """contents.is_tar_header, in a third of its time: adler32's lower half is a sum of bytes modulo 65521."""
-    stored = header[148:156]
-    try:
-        total = int(stored.rstrip(b" \0") or b"x", 8) - 256 + sum(stored)
-    except ValueError:
-        return False
-    return zlib.adler32(header) & 0xFFFF == (1 + total) % 65521 or contents.is_tar_header(header)
-
-
-def _value(values: dict[bytes, bytes], key: bytes, raw: bytes) -> int:
-    """A number from the extended header, in decimal, or else from the header's own field."""
-    if key not in values:
-        return _number(raw)
-    if not values[key].isdigit():
-        raise Refused("the archive is corrupt: a size or owner is no number")
-    return int(values[key][:20])
-
-
-def _number(raw: bytes) -> int:
-    """A size or id as tar writes it: octal, or binary behind a first byte of 0x80."""
-    if raw[:1] == b"\x80":
-        return int.from_bytes(raw[1:], "big")
-    if raw[:11].isdigit() and raw[11:] in _ENDS and b"8" not in raw and b"9" not in raw:  # most are
-        return int(raw[:11], 8)
-    text = raw.split(b"\0", 1)[0].strip(b" ")
-    if not re.fullmatch(b"[0-7]*", text):
-        raise Refused("the archive is corrupt: a size or owner is no number")
-    return int(text or b"0", 8)
-
-
-def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
 
 
 def _shown(name: bytes) -> str:

@@ -186,6 +186,38 @@ def test_read_only_is_read_only_whatever_the_kind(vm: NewVm, tmp_path: Path) -> 
         assert subprocess.run(["cmp", str(original), one.path(f"disk.{number}")]).returncode == 0, original
 
 
+def test_compressed_disks_are_what_they_hold(vm: NewVm, tmp_path: Path) -> None:
+    """As root, as data disk, and as a persistent one, a link into the datastore that is its content ever after."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").write_text("kept")
+    packed = tmp_path / "root.gz"
+    machine.command("sh", "-c", f"gzip -1 -c {images.busybox_ext4()} > {packed}")
+    one = vm(str(packed))
+    raw = plain("ext4", 16)(tmp_path / "raw", tree)
+    for name, source in (("xz", raw), ("zstd", qcow2_of(tmp_path / "qcow2", tree))):
+        machine.command("sh", "-c", f"{name} -1 -c {source} > {tmp_path / name}")
+        one.add_disk(str(tmp_path / name))
+    persistent = one.add_disk(str(tmp_path / "xz"))
+    stored = Path(os.path.dirname(one.directory), f"image-{one.vm_id}")
+    shutil.move(persistent, stored)
+    os.symlink(stored, persistent)
+    try:
+        one.deployed().booted()
+        for number in (1, 2, 3):
+            assert one.inside(f"cat /media/one-disk.{number}/file") == "kept"
+        one.inside("echo more > /media/one-disk.3/new")
+        one.act("shutdown").ok()
+        assert os.path.islink(persistent)
+        with mounted(stored) as mnt:
+            assert {path.name: path.read_text() for path in mnt.iterdir() if path.is_file()} == {
+                "file": "kept",
+                "new": "more\n",
+            }
+    finally:
+        stored.unlink()
+
+
 def test_fsck_has_its_time_and_no_more(vm: NewVm) -> None:
     """The image asks it to wait for two minutes, whether another host has the disk. The error has what it had said."""
     one = vm(images.busybox_ext4())

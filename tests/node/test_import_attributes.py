@@ -404,3 +404,29 @@ def test_a_part_of_an_archive(place: Path, tmp_path: Path, volume: int) -> None:
     )
     words = "truncated" if volume == 1 else "multi-volume"
     assert_refused(place, (tmp_path / f"v{volume}").read_bytes(), words, init=None)
+
+
+def test_attributes_of_a_squashfs(place: Path, tmp_path: Path) -> None:
+    """cp passes over what it cannot set, and does not see what only the host's root does."""
+    root = tmp_path / "root"
+    (root / "sbin").mkdir(parents=True)
+    (root / "sbin/init").write_bytes(b"\x7fELF")
+    (root / "sbin/init").chmod(0o755)
+    sh("setcap", "cap_net_raw+ep", str(root / "sbin/init"))
+    sh("truncate", "-s", "120M", str(tmp_path / "btrfs"))
+    sh("mkfs.btrfs", "-q", str(tmp_path / "btrfs"))  # ext4 has no room for the large one
+    (tmp_path / "mnt").mkdir()
+    sh("mount", "-o", "loop", str(tmp_path / "btrfs"), str(tmp_path / "mnt"))
+    try:
+        sh("cp", "-a", str(root), str(tmp_path / "mnt/root"))
+        root = tmp_path / "mnt/root"
+        os.setxattr(root / "sbin", "trusted.overlay.opaque", b"y")
+        os.setxattr(root / "sbin", "security.selinux", b"system_u:object_r:bin_t:s0\0")
+        os.setxattr(root, "user.big", b"v" * 9000)
+        sh("mksquashfs", str(root), str(place / "disk.0"), "-quiet", "-no-progress", "-noappend")
+        run_import(place, None)
+        with mounted(place) as mnt:
+            assert manifest(mnt) == manifest(root)
+    finally:
+        sh("umount", str(tmp_path / "mnt"))
+    assert sh("e2fsck", "-f", "-n", str(place / "disk.0"))
