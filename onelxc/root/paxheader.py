@@ -17,7 +17,8 @@ XATTR, ACL = b"SCHILY.xattr.", b"SCHILY.acl."
 _LIBARCHIVE = b"LIBARCHIVE.xattr."
 _XATTR_MAX = 64 << 10
 """The kernel's XATTR_SIZE_MAX."""
-_RAW_ACL = {b"access": XATTR + b"system.posix_acl_access", b"default": XATTR + b"system.posix_acl_default"}
+ACCESS = XATTR + b"system.posix_acl_access"
+_RAW_ACL = {b"access": ACCESS, b"default": XATTR + b"system.posix_acl_default"}
 
 _TAR = frozenset(
     b"atime comment ctime gid gname linkpath mtime path size uid uname GNU.dumpdir GNU.volume.label".split()
@@ -41,6 +42,8 @@ _CANNOT = {
     b"GNU.volume.offset": "a part of a multi-volume archive",
 }
 _ALSO_GLOBAL = frozenset(b"atime comment ctime gid gname mtime uid uname GNU.volume.label".split())
+NOBODY = 0xFFFFFFFF
+NOBODYS = f"its owner is {NOBODY}, which Linux takes for no number at all"
 _NAMESPACES = (b"user.", b"trusted.", b"security.", b"system.")
 
 Records = list[tuple[bytes, bytes]]
@@ -91,6 +94,8 @@ def sort(records: Records) -> Sorted:
     found = Sorted()
     keys = {key for key, _ in records}
     for key, value in records:
+        if key in (b"uid", b"gid") and value.lstrip(b"0") == b"%d" % NOBODY:
+            raise Refused(NOBODYS)
         if key in _TAR:
             found.kept.append((key, value))
         elif key in _EMPTY_WORDS:
@@ -176,9 +181,14 @@ def build(header: bytes, records: Records) -> bytes:
     body = b"".join(_record(key, value) for key, value in records)
     block = bytearray(header)
     block[124:136] = b"%011o\0" % len(body)
+    return summed_up(block) + body + bytes(-len(body) % _BLOCK)
+
+
+def summed_up(block: bytearray) -> bytes:
+    """A header that was changed, with its checksum."""
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block) + body + bytes(-len(body) % _BLOCK)
+    return bytes(block)
 
 
 def _record(key: bytes, value: bytes) -> bytes:

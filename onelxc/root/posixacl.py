@@ -21,6 +21,16 @@ _PERMISSIONS = re.compile("[rwx-]{3}")
 _DIGITS = re.compile("[0-9]{1,10}")
 
 
+def mode(acl: bytes) -> int | None:
+    """The nine bits of a file's mode that an ACL in the kernel's form stands for; None where it is none."""
+    if len(acl) % 8 != 4:
+        return None
+    bits = {tag: permissions & 7 for tag, permissions, _ in struct.iter_unpack("<HHI", acl[4:])}
+    if not {0x01, 0x04, 0x20} <= bits.keys():
+        return None
+    return bits[0x01] << 6 | bits.get(0x10, bits[0x04]) << 3 | bits[0x20]
+
+
 class UnknownName(Exception):
     """Nobody tells the number of a user or group."""
 

@@ -9,7 +9,7 @@ import re
 import zlib
 
 from onelxc.root import contents
-from onelxc.root.paxheader import Refused
+from onelxc.root.paxheader import Refused, summed_up
 
 _ENDS = (b"\0", b" ")
 
@@ -43,6 +43,13 @@ def number(raw: bytes) -> int:
     if not re.fullmatch(b"[0-7]*", text):
         raise Refused("the archive is corrupt: a size or owner is no number")
     return int(text or b"0", 8)
+
+
+def with_permissions(header: bytes, bits: int) -> bytes:
+    """The header with these nine bits in its mode."""
+    block = bytearray(header)
+    block[100:108] = b"%07o\0" % (number(header[100:108]) & 0o7000 | bits)
+    return summed_up(block)
 
 
 def name(header: bytes) -> bytes:

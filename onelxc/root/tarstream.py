@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from onelxc import jsontext
 from onelxc.errors import StorageError
-from onelxc.root import contents, gunzip, paxheader, tarheader
+from onelxc.root import contents, gunzip, paxheader, posixacl, tarheader
 from onelxc.root.paxheader import Refused
 
 REFUSED, BROKEN, BEYOND, LARGE_XATTRS = 1, 2, 3, 4
@@ -310,6 +310,7 @@ class _Scanner:
         self._owners(header, values)
         if self.pax.deferred or self.report.deferred:
             self._defer(self._path(header, values))
+        self._agree(header, values)
         self.position += _BLOCK
         if kind in b"S":
             self._sparse_map(header)
@@ -317,6 +318,14 @@ class _Scanner:
             self.pax, self.described = paxheader.Sorted(), False
         self.long_name = None
         self._skip(size)
+
+    def _agree(self, header: bytes, values: dict[bytes, bytes]) -> None:
+        """bsdtar's mode is not that of its ACL, whose mask tar would then set to the mode's."""
+        bits = posixacl.mode(values.get(paxheader.ACCESS, b""))
+        if bits is not None and tarheader.number(header[100:108]) & 0o777 != bits:
+            self._pass_on()
+            self._write(tarheader.with_permissions(header, bits))
+            self.sent += _BLOCK
 
     def _path(self, header: bytes, values: dict[bytes, bytes]) -> bytes:
         named = values.get(b"GNU.sparse.name") or values.get(b"path")
@@ -347,7 +356,7 @@ class _Scanner:
             raise _Stop(BEYOND)
 
     def _owners(self, header: bytes, values: dict[bytes, bytes]) -> None:
-        """Which number goes with which name, for ACLs that know names only."""
+        """Which number goes with which name, for ACLs that know names only. Chown takes the last number for "as it is"."""
         raw = header[108:124] + header[265:329]
         if raw in self.seen_owners and not values:
             return
@@ -355,9 +364,11 @@ class _Scanner:
             (self.report.users, b"u", header[265:297], header[108:116]),
             (self.report.groups, b"g", header[297:329], header[116:124]),
         ):
+            value = tarheader.value(values, key + b"id", number)
+            if value == paxheader.NOBODY:
+                raise Refused(f"{_shown(self._path(header, values))}: {paxheader.NOBODYS}")
             word = os.fsdecode(values.get(key + b"name") or name.split(b"\0", 1)[0])
             if word and header[257:262] == b"ustar" and len(self.seen_owners) < _MOST_NAMES:
-                value = tarheader.value(values, key + b"id", number)
                 known[word] = value if known.get(word, value) == value else -1
         if not values:
             self.seen_owners.add(raw)

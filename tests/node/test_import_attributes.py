@@ -134,6 +134,24 @@ def test_every_form_of_acl(place: Path, text: str) -> None:
         assert acl_of(place, archive(("d", {f"SCHILY.acl.{which}": text})), "d", name) == LISA
 
 
+@pytest.mark.parametrize("mode", [0o604, 0o777, 0o4000, 0o2750])
+@pytest.mark.parametrize("key", ["SCHILY.acl.access", "SCHILY.xattr.system.posix_acl_access"])
+def test_an_acl_counts_where_the_mode_says_otherwise(place: Path, key: str, mode: int) -> None:
+    """bsdtar writes the mode by the ACL's entry for the group, not by its mask."""
+    words = "user::rwx,user:1234:r-x,group::---,mask::r-x,other::---"
+    text = words if key == "SCHILY.acl.access" else os.fsdecode(LISA)
+    info = tarfile.TarInfo("file")
+    info.mode, info.pax_headers, info.size = mode, {key: text}, 5
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"hello"))
+    run_import(place, out.getvalue(), init=None)
+    with mounted(place) as mnt:
+        assert os.getxattr(mnt / "file", ACCESS) == LISA
+        assert os.stat(mnt / "file").st_mode & 0o7777 == 0o750 | mode & 0o7000
+        assert (mnt / "file").read_bytes() == b"hello"
+
+
 def test_names_mean_what_they_meant_where_the_archive_was_made(place: Path, root: Path) -> None:
     """A name of the host that goes with the number of a file's owner, though the root file system knows another."""
     (root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nlisa:x:77:77::/:/bin/sh\n")
@@ -356,6 +374,17 @@ def test_times(place: Path, tmp_path: Path) -> None:
     with mounted(place) as mnt:
         for name in "abc":
             assert os.stat(mnt / name).st_mtime_ns == os.stat(root / name).st_mtime_ns
+
+
+@pytest.mark.parametrize("records", [{}, {"uid": "4294967295"}, {"gid": "04294967295"}])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE])
+def test_an_owner_that_is_no_number(place: Path, records: dict[str, str], kind: bytes) -> None:
+    """chown(2) would leave the file root's own."""
+    info = tarfile.TarInfo("some/file")
+    info.type, info.linkname, info.pax_headers = kind, "x", records
+    info.uid = 0 if records else 4294967295
+    data = info.tobuf(tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT) + bytes(1024)
+    assert_refused(place, data, "some/file: its owner is 4294967295, which Linux takes for no number", init=None)
 
 
 def test_a_volume_label(place: Path, tmp_path: Path) -> None:
