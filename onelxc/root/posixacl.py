@@ -25,7 +25,7 @@ def mode(acl: bytes) -> int | None:
     """The nine bits of a file's mode that an ACL in the kernel's form stands for; None where it is none."""
     if len(acl) % 8 != 4:
         return None
-    bits = {tag: permissions & 7 for tag, permissions, _ in struct.iter_unpack("<HHI", acl[4:])}
+    bits: dict[int, int] = {tag: permissions & 7 for tag, permissions, _ in struct.iter_unpack("<HHI", acl[4:])}
     if not {0x01, 0x04, 0x20} <= bits.keys():
         return None
     return bits[0x01] << 6 | bits.get(0x10, bits[0x04]) << 3 | bits[0x20]

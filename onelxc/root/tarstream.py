@@ -356,7 +356,7 @@ class _Scanner:
             raise _Stop(BEYOND)
 
     def _owners(self, header: bytes, values: dict[bytes, bytes]) -> None:
-        """Which number goes with which name, for ACLs that know names only. Chown takes the last number for "as it is"."""
+        """Which number goes with which name, for ACLs that know names only. To chown, the last number is no number."""
         raw = header[108:124] + header[265:329]
         if raw in self.seen_owners and not values:
             return
