@@ -98,10 +98,13 @@ def test_a_container_held_by_its_freezer_does_not_hold_the_action(
     one = container(841, "exec sleep 1000")
     eventually("init", lambda: orphans.comm(init(841)) == "sleep")
     freezer.freeze(841)
+    with pytest.raises(HypervisorError, match="it is suspended"):
+        start(841, "echo x > /done")
     monkeypatch.setattr(execution, "BEGIN_S", 1.0)
     try:
+        # frozen after that look
         with pytest.raises(HypervisorError, match="it did not begin within 1 s"):
-            start(841, "echo x > /done")
+            execution.begin(841, "echo x > /done", b"", 60)
     finally:
         freezer.thaw(841)
     eventually("no attendant", lambda: not executions.running(841))
@@ -117,7 +120,7 @@ def test_a_command_whose_action_was_broken_off_does_not_run_on(container: Callab
     action = os.fork()
     if action == 0:
         try:
-            start(842, "sleep 998")
+            execution.begin(842, "sleep 998", b"", 60)
         finally:
             os._exit(0)
     eventually("the attendant", lambda: executions.running(842))
