@@ -177,13 +177,16 @@ def test_killed_at_any_step_nothing_stays(vm: Vm, victim: str, lines: int) -> No
     assert [name for name in os.listdir(f"/var/lib/one/{ID}") if not name.startswith("disk.")] == []
 
 
+def kill_helper() -> None:
+    os.kill(holder().pid, signal.SIGKILL)
+    wait_until(lambda: lock.holder(ID) is None, "its end")
+    wait_until(lock_is_free, "its worker's end")
+
+
 def test_a_killed_helper_is_cleaned_up_by_whoever_comes_next(vm: Vm) -> None:
-    with pytest.raises(HelperError, match="killed by signal 9"), session() as host:
+    with session() as host:
         host.prepare(vm)
-        os.kill(holder().pid, signal.SIGKILL)
-        wait_until(lambda: lock.holder(ID) is None, "its end")
-        wait_until(lock_is_free, "its worker's end")
-        host.commit()
+        kill_helper()
     assert held() != []
     with session() as host:
         # not even asked to
@@ -191,6 +194,15 @@ def test_a_killed_helper_is_cleaned_up_by_whoever_comes_next(vm: Vm) -> None:
         host.prepare(vm)
         host.commit()
     assert held() != []
+
+
+def test_a_killed_helper_is_cleaned_up_by_its_own_caller_who_asks_on(vm: Vm) -> None:
+    """Whether it had kept everything is asked of a new helper, which gives back what was not kept."""
+    with pytest.raises(HelperError, match="killed by signal 9"), session() as host:
+        host.prepare(vm)
+        kill_helper()
+        host.commit()
+    assert nothing_held()
 
 
 def test_kept_after_a_commit_and_recorded(vm: Vm) -> None:
@@ -382,7 +394,8 @@ def test_busy_mounts_name_who_keeps_them(vm: Vm, monkeypatch: pytest.MonkeyPatch
         assert str(caught.value).startswith(f"Cannot unmount {VmPaths(ID).disk(1)}: ")
         assert f"in use by sleep ({sitter.pid})" in str(caught.value)
         # all the rest was let go
-        assert [path for path in held() if "/mnt/" in path] == [VmPaths(ID).disk(1)]
+        # the disk, and what keeps its place below it
+        assert [path for path in held() if "/mnt/" in path] == [VmPaths(ID).disk(1)] * 2
     finally:
         sitter.kill()
         sitter.wait()
