@@ -79,8 +79,10 @@ def _squashfs(fd: int, size: int) -> Archive:
 
 
 def has_xattrs(fd: int) -> bool:
-    """Whether a squashfs has a table of attributes."""
-    return os.pread(fd, 8, 64) != b"\xff" * 8
+    """Whether a squashfs has attributes: a table of them, and not an empty one, as mksquashfs may write."""
+    table = int.from_bytes(os.pread(fd, 8, 56), "little")
+    # struct squashfs_xattr_id_table: where the attributes are, then how many
+    return table < 1 << 63 and any(os.pread(fd, 4, table + 8))
 
 
 def _ended(kind: str, fd: int, size: int, archive: Archive) -> Archive:
