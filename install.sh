@@ -1,11 +1,17 @@
 #!/bin/bash
 # Installs OneLXC: on OpenNebula's front-end, on a host, or for a demonstration on this machine alone.
 #
-# This file reads the command line; what is done lies in install.d/: files.sh (how a file is put or removed, dry runs
-# included), opennebula.sh (which OpenNebula is this), frontend.sh, node.sh, demo.sh.
+# This file reads the command line; what is done lies in install.d/: files.sh (puts and removes files, dry runs included),
+# manifest.sh (what was put, and what was there before), owner.sh (as whom), opennebula.sh (which OpenNebula is this),
+# frontend.sh, node.sh, demo.sh.
 set -eu
 
-bundle=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+# a part of it, run as another user, may reach it by a descriptor only (owner.sh)
+if [ "${1:-}" = part ]; then
+    bundle=$(dirname -- "${BASH_SOURCE[0]}")
+else
+    bundle=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+fi
 
 usage() {
     cat <<'END'
@@ -30,11 +36,25 @@ demo        as root: one container through the real executables, as oned calls t
 END
 }
 
+# shellcheck source=install.d/owner.sh
+. "$bundle/install.d/owner.sh"
 # shellcheck source=install.d/files.sh
 . "$bundle/install.d/files.sh"
+# shellcheck source=install.d/manifest.sh
+. "$bundle/install.d/manifest.sh"
+trap 'say_group; [ -z "$published" ] || rm -rf -- "$published"' EXIT
 
 command=front-end
 case ${1:-} in
+    part)
+        shift
+        # shellcheck source=install.d/opennebula.sh
+        . "$bundle/install.d/opennebula.sh"
+        # shellcheck source=install.d/frontend.sh
+        . "$bundle/install.d/frontend.sh"
+        part "$@"
+        exit
+        ;;
     front-end | frontend | node | demo) command=${1/frontend/front-end} && shift ;;
 esac
 
@@ -77,7 +97,7 @@ case $command in
         . "$bundle/install.d/opennebula.sh"
         # shellcheck source=install.d/frontend.sh
         . "$bundle/install.d/frontend.sh"
-        find_opennebula "$directory"
+        find_places "$directory"
         if [ "$uninstall" = yes ]; then frontend_uninstall; else frontend_install "$replace"; fi
         ;;
     node)

@@ -1,12 +1,11 @@
 # shellcheck shell=bash
-# How is a file put in place or removed? Every change of install.sh goes through here, so that a dry run says exactly
-# what a real one does, and a second run, finding everything as it should be, does nothing.
+# Puts files in place and removes them. Every change of install.sh goes through here, so that a dry run says exactly what
+# a real one does, and a second run, finding everything as it should be, does nothing. What has been put is written down
+# beforehand, see manifest.sh.
 
 dry_run=no
+quiet=no             # plan what would be done, without a word
 changes=0
-manifest=()          # what is installed now, an entry "<sha256, link or directory> <path>" each; directories if we made them
-installed=()         # the same of the last installation
-declare -A shipped=() # path: digest, "link" or "directory", of the last installation
 declare -A planned=() # directories that a dry run would have made
 declare -A digests=() # path: sha256, looked up by `look` for many files at once
 declare -A looked=()  # path: "yes", after look
@@ -18,29 +17,39 @@ staged=               # a directory, all of whose changes are made in its copy D
 
 die() {
     say_group
-    printf 'install.sh: %s\n' "$*" >&2
+    printf 'install.sh: %s\n' "$(as_people_know "$*")" >&2
     exit 1
 }
 
 say() {
+    [ "$quiet" = no ] || return 0
     say_group
-    printf '%s\n' "$*"
+    as_people_know "$*"$'\n'
+}
+
+# try WHAT COMMAND...: what a program says when it fails is the cause in our line, not a line of its own.
+try() {
+    local what=$1 said
+    shift
+    said=$(LC_ALL=C.UTF-8 "$@" 2>&1) && return 0
+    said=${said%%$'\n'*}
+    die "Cannot $what: ${said##*: }; what is done so far is written down: run install.sh again, or with --uninstall"
 }
 
 # Steps of one kind in one directory, one after the other, are one line, unless --verbose wants each.
 say_group() {
     case ${#group_files[@]} in
-        0) if [ -n "$group" ]; then printf '%s\n' "$group"; fi ;;
-        1) printf '%s\n' "$group${group_files[0]}" ;;
-        *) printf '%s (%s files)\n' "$group" "${#group_files[@]}" ;;
+        0) if [ -n "$group" ]; then as_people_know "$group"$'\n'; fi ;;
+        1) as_people_know "$group${group_files[0]}"$'\n' ;;
+        *) as_people_know "$group (${#group_files[@]} files)"$'\n' ;;
     esac
     group='' group_files=()
 }
-trap say_group EXIT
 
 # The step's line, and whether to take it.
 step() {
     local line="$*" directory
+    [ "$quiet" = no ] || return 1
     changes=$((changes + 1))
     [ "$dry_run" = no ] || line="would $line"
     directory=${line%/*}/
@@ -62,9 +71,10 @@ bundle_version() { sed -n 's/^__version__ = "\(.*\)"$/\1/p' "${bundle:?}/onelxc/
 
 digest() { sha256sum <"$1" | cut -d' ' -f1; }
 
-# owner:group and mode as they are, "" where there is nothing.
-owner_of() { stat -c %U:%G -- "$1" 2>/dev/null || :; }
-mode_of() { stat -c %a -- "$1" 2>/dev/null || :; }
+# owner:group and mode as they are, "" where there is nothing. Of what a link leads to: a link's own mode is 777.
+owner_of() { stat -L -c %U:%G -- "$1" 2>/dev/null || :; }
+mode_of() { stat -L -c %a -- "$1" 2>/dev/null || :; }
+link_owner() { stat -c %U:%G -- "$1"; }
 
 # look PATH...: digests, owners and modes of these files, as far as they are there, with two processes for all of them.
 look() {
@@ -88,7 +98,7 @@ put_directory() {
     manifest+=("directory $1")
     if [ -e "$1" ] || [ -L "$1" ]; then die "$1 is in the way: a directory belongs there"; fi
     planned[$1]=yes
-    if step "create $1/"; then install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$(place "$1")"; fi
+    if step "create $1/"; then try "make $1/" install -d -o "${2%:*}" -g "${2#*:}" -m "$3" -- "$(place "$1")"; fi
 }
 
 # put_own_directory PATH OWNER:GROUP MODE: one that is ours by its name, whoever made it: it goes when it is empty.
@@ -103,16 +113,18 @@ put_file() {
     if [ -z "${looked[$1]:-}" ] || [ -z "${looked[$2]:-}" ]; then look "$1" "$2"; fi
     manifest+=("${digests[$1]} $2")
     if [ "${digests[$1]}" = "${digests[$2]:-}" ] && [ ! -L "$2" ]; then
-        if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then chown -- "$3" "$(place "$2")"; fi
-        if [ "${seen[$2]#*,}" != "$4" ] && step "chmod $4 $2"; then chmod -- "$4" "$(place "$2")"; fi
+        if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then try "chown $2" chown -- "$3" "$(place "$2")"; fi
+        if [ "${seen[$2]#*,}" != "$4" ] && step "chmod $4 $2"; then try "chmod $2" chmod -- "$4" "$(place "$2")"; fi
         return 0
     fi
-    [ ! -d "$2" ] || die "$2 is in the way: a file belongs there"
+    [ ! -d "$2" ] || [ -L "$2" ] || die "$2 is in the way: a file belongs there"
     if [ -e "$2" ] || [ -L "$2" ]; then verb=update; fi
+    note_original "$2"
     if step "$verb $2"; then
+        save_original "$2"
         path=$(place "$2")
-        install -o "${3%:*}" -g "${3#*:}" -m "$4" -T -- "$1" "$path.onelxc-new"
-        mv -fT -- "$path.onelxc-new" "$path"
+        try "write $2" install -o "${3%:*}" -g "${3#*:}" -m "$4" -T -- "$1" "$path.onelxc-new"
+        try "write $2" mv -fT -- "$path.onelxc-new" "$path"
     fi
 }
 
@@ -120,8 +132,8 @@ put_file() {
 stage() {
     [ "$dry_run" = no ] || return 0
     staged=$1
-    rm -rf -- "$1.new"
-    [ ! -d "$1" ] || cp -a -- "$1" "$1.new"
+    try "remove $1.new" rm -rf -- "$1.new"
+    [ ! -d "$1" ] || try "copy $1" cp -a -- "$1" "$1.new"
 }
 
 # Where a file is written that belongs at PATH.
@@ -152,8 +164,8 @@ sys.exit(ctypes.CDLL(None).renameat2(at_fdcwd, old, at_fdcwd, new, rename_exchan
 # put_text TEXT PATH OWNER:GROUP MODE
 put_text() {
     local file
-    file=$(mktemp)
-    printf '%s\n' "$1" >"$file"
+    file=$(mktemp) || die "Cannot make a temporary file in ${TMPDIR:-/tmp}"
+    { printf '%s\n' "$1" >"$file"; } 2>/dev/null || die "Cannot write $file: is ${TMPDIR:-/tmp} full?"
     put_file "$file" "$2" "$3" "$4"
     unset "looked[$file]"
     rm -f -- "$file"
@@ -163,8 +175,8 @@ put_text() {
 # installation put there is replaced, an edited one is kept.
 put_configuration() {
     look "$1" "$2"
-    if [ -e "$2" ] && [ "${digests[$2]:-}" != "${digests[$1]}" ] && [ "${digests[$2]:-}" != "${shipped[$2]:-}" ]; then
-        manifest+=("${shipped[$2]:-${digests[$1]}} $2")
+    if [ -e "$2" ] && [ "${digests[$2]:-}" != "${digests[$1]}" ] && ! was_put "${digests[$2]:-}" "$2"; then
+        manifest+=("${digests[$1]} $2")
         say "kept $2, which was edited (this version's own is $1)"
         return 0
     fi
@@ -175,13 +187,16 @@ put_configuration() {
 put_link() {
     manifest+=("link $2")
     if [ -L "$2" ] && [ "$(readlink -- "$2")" = "$1" ]; then
-        if [ "$(owner_of "$2")" != "$3" ] && step "chown $3 $2"; then chown -h -- "$3" "$2"; fi
+        if [ "$(link_owner "$2")" != "$3" ] && step "chown $3 $2"; then try "chown $2" chown -h -- "$3" "$2"; fi
         return 0
     fi
     if [ -d "$2" ] && [ ! -L "$2" ]; then die "$2 is in the way: a link to $1 belongs there"; fi
+    note_original "$2"
     if step "link $2 -> $1"; then
-        ln -sfnT -- "$1" "$2"
-        [ "$(owner_of "$2")" = "$3" ] || chown -h -- "$3" "$2"
+        save_original "$2"
+        try "write $2" ln -sfnT -- "$1" "$2.onelxc-new"
+        [ "$(link_owner "$2.onelxc-new")" = "$3" ] || try "chown $2" chown -h -- "$3" "$2.onelxc-new"
+        try "write $2" mv -fT -- "$2.onelxc-new" "$2"
     fi
 }
 
@@ -207,7 +222,7 @@ put_tree() {
 
 drop_file() {
     if [ -e "$1" ] || [ -L "$1" ]; then
-        if step "remove $1"; then rm -f -- "$1"; fi
+        if step "remove $1"; then try "remove $1" rm -f -- "$1"; fi
     fi
 }
 
@@ -217,34 +232,9 @@ drop_directory() {
     if [ "$dry_run" = yes ]; then
         step "remove $1/ if it is empty then" || return 0
     fi
-    rm -rf -- "$1/__pycache__"
+    try "remove $1/__pycache__" rm -rf -- "$1/__pycache__"
     if rmdir -- "$1" 2>/dev/null; then
         changes=$((changes + 1))
         say "remove $1/"
     fi
-}
-
-# remember ENTRY...: these are what the last installation put.
-remember() {
-    local entry
-    installed=("$@")
-    for entry; do shipped[${entry#* }]=${entry%% *}; done
-}
-
-# drop_stale: what the last installation put and this one no longer has.
-drop_stale() {
-    local entry i
-    local -A now=()
-    for entry in "${manifest[@]}"; do now[${entry#* }]=yes; done
-    for ((i = ${#installed[@]} - 1; i >= 0; i--)); do
-        [ -n "${now[${installed[i]#* }]:-}" ] || drop_entry "${installed[i]}"
-    done
-}
-
-# drop_entry MANIFEST-ENTRY
-drop_entry() {
-    case ${1%% *} in
-        directory) drop_directory "${1#* }" ;;
-        *) drop_file "${1#* }" ;;
-    esac
 }

@@ -22,8 +22,8 @@ install_monitord() {
     [ -d "$remotes/im/$stock.d" ] || die "no $remotes/im/kvm.d: this OpenNebula has no monitoring client to take over"
 
     if [ "$driver" = lxc ]; then
-        set_aside vmm/lxc
-        set_aside im/lxc-probes.d
+        set_aside "$remotes/vmm/lxc" all
+        set_aside "$remotes/im/lxc-probes.d" all
     fi
     if [ "$driver" != lxc ] || [ ! -d "$remotes/im/lxc.d" ] || [ -n "${shipped[$remotes/im/lxc.d]:-}" ]; then
         put_tree "$remotes/im/$stock.d" "$remotes/im/$driver.d" "$data_files" "$directory_mode" "$data_mode" "$executable_mode"
@@ -59,30 +59,12 @@ install_monitord() {
             put_own_directory "$remotes/$directory" "$data_files" "$directory_mode"
         fi
     done
-    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")"
+    put_configuration "$bundle/etc/vmm_exec_lxc.conf" "$conf" "$(own_or_mine "$sample")" "$(mode_of "$sample")"
     # pci.rb looks for its filter under the name of the directory that it lies in, and fails the host without it
     sample=$remotes/etc/im/$stock-probes.d/pci.conf
     conf=$remotes/etc/im/$driver-probes.d/pci.conf
     if [ -f "$sample" ] && { [ "$driver" != lxc ] || [ ! -e "$conf" ] || [ -n "${shipped[$conf]:-}" ]; }; then
-        put_configuration "$sample" "$conf" "$(owner_of "$sample")" "$(mode_of "$sample")"
+        put_configuration "$sample" "$conf" "$(own_or_mine "$sample")" "$(mode_of "$sample")"
     fi
+    install_package "$driver"
 }
-
-# set_aside DIRECTORY: what lies there and is not ours goes to the backup: the stock driver's, the first time; after an
-# upgrade of OpenNebula, which writes its files over ours, its new ones. The backup lies outside of the remotes: links
-# moved within them would dangle.
-set_aside() {
-    local name path
-    [ -d "$remotes/$1" ] || return 0
-    [ ! -L "$remotes/$1" ] || die "$remotes/$1 is a link: --replace does not know what it stands for"
-    while IFS= read -r -d '' name; do
-        path=$remotes/$1/$name
-        [ "$(digest_or_link "$path")" != "${shipped[$path]:-}" ] || continue
-        if step "set aside $path"; then
-            mkdir -p -- "$(dirname -- "$backup/$1/$name")"
-            mv -fT -- "$path" "$backup/$1/$name"
-        fi
-    done < <(cd "$remotes/$1" && find . -mindepth 1 -name __pycache__ -prune -o ! -type d -printf '%P\0' | sort -z)
-}
-
-digest_or_link() { if [ -L "$1" ]; then printf link; else digest "$1"; fi; }

@@ -23,24 +23,23 @@ node_install() {
     read_node_manifest
     if [ "$1" = yes ]; then install_packages; fi
     put_user_into_group
+    carry_out put_host
+    [ "$changes" -gt 0 ] || say "Everything is in place already."
+    if [ "$dry_run" = no ]; then check_host; fi
+}
+
+read_node_manifest() {
+    manifest_file=$node_manifest manifest_token='' manifest_root='' backup=/var/lib/onelxc-replaced
+    read_manifest
+}
+
+put_host() {
     put_helper
     put_hook
     put_policy
     put_sudoers
     put_units
     put_shims
-    drop_stale
-    local text
-    text=$(printf '%s\n' "${manifest[@]}" | awk '!seen[$0]++')
-    put_text "$text" "$node_manifest" root:root 644
-    [ "$changes" -gt 0 ] || say "Everything is in place already."
-    if [ "$dry_run" = no ]; then check_host; fi
-}
-
-read_node_manifest() {
-    local entries=()
-    if [ -f "$node_manifest" ]; then mapfile -t entries <"$node_manifest"; fi
-    remember "${entries[@]}"
 }
 
 # Those that are missing.
@@ -236,9 +235,11 @@ check_host() {
 }
 
 node_uninstall() {
-    local i line path name kept=() running
+    local path name running
     [ "$(id -u)" -eq 0 ] || [ "$dry_run" = yes ] || die "node --uninstall has to be run as root"
-    [ -f "$node_manifest" ] || die "OneLXC is not installed on this host (no $node_manifest)"
+    # or broken off before anything was put
+    [ -f "$node_manifest" ] || { [ -d "$library" ] && [ -z "$(find "$library" -mindepth 1 ! -name manifest.onelxc-new)" ]; } ||
+        die "OneLXC is not installed on this host (no $node_manifest)"
     running=$(virsh -q -c lxc:/// list --name 2>/dev/null | grep -xE 'one-[0-9]+' | tr '\n' ' ' || :)
     [ -z "$running" ] || die "containers run on this host: ${running% }; end them or migrate them first"
     running=$(awk -v under="$state/" 'index($2, under) == 1 { print $2 }' /proc/mounts | head -n 1)
@@ -249,22 +250,17 @@ node_uninstall() {
     elif [ "$dry_run" = no ] && [ -s /run/onelxc/hub.pid ]; then
         stop_hub
     fi
-    for ((i = ${#installed[@]} - 1; i >= 0; i--)); do
-        line=${installed[i]} path=${line#* }
-        if [ "$path" = /etc/onelxc/host.conf ] && [ -f "$path" ] && [ "$(digest "$path")" != "${line%% *}" ]; then
-            kept+=("$path")
-        elif [ "$path" != "$library" ]; then
-            drop_entry "$line"
-        fi
-    done
+    drop_installed
+    restore_replaced
     for name in lxc-freeze lxc-unfreeze; do
         path=/usr/sbin/$name
         if [ -n "$(dpkg-divert --list "$path.distrib" "$path" 2>/dev/null)" ] && step "put back $path"; then
             dpkg-divert --quiet --local --rename --remove "$path"
         fi
     done
+    # of an installation that was broken off
+    [ "$dry_run" = yes ] || rm -rf -- "$library/onelxc.new" "$library/onelxc.old" "$node_manifest.onelxc-new"
     drop_file "$node_manifest"
-    [ "$dry_run" = yes ] || rm -rf -- "$library/onelxc.new" "$library/onelxc.old" # of an installation that was broken off
     drop_directory "$library"
     for path in "$state" /run/onelxc /var/log/onelxc; do
         if [ -d "$path" ] && step "remove $path/"; then
@@ -273,7 +269,6 @@ node_uninstall() {
         fi
     done
     if [ -d /run/systemd/system ] && [ "$dry_run" = no ]; then systemctl daemon-reload; fi
-    for path in "${kept[@]}"; do say "kept $path, which was edited"; done
     say "Packages, and $user's membership in group libvirt, stay."
 }
 

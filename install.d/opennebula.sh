@@ -1,23 +1,27 @@
 # shellcheck shell=bash disable=SC2034  # what is found is for the others
-# Which OpenNebula is this? Finds the installation, its version and its places, and changes nothing.
+# Finds the OpenNebula installation, its places and its version, and changes nothing.
 #
-# Layouts: OpenNebula's own install.sh. Sets etc, remotes, lib, version, generation (pull: 3.2; monitord: from 6.0).
+# Layouts: OpenNebula's own install.sh. Sets root, etc, remotes, lib; then version, generation (pull: 3.2; monitord: from
+# 6.0), framed.
 
-# find_opennebula DIR: DIR is "" for the packaged installation.
+# find_places DIR: DIR is "" for the packaged installation. Nothing is looked at yet: that is its owner's to do.
+find_places() {
+    root=$1 etc=/etc/one remotes=/var/lib/one/remotes lib=/usr/lib/one
+    [ -n "$root" ] || return 0
+    root=$(realpath -sm -- "$root")
+    etc=$root/etc remotes=$root/var/remotes lib=$root/lib
+}
+
+# find_opennebula ROOT: prints version, generation and whether errors are framed.
 find_opennebula() {
     local root=$1 missing
-    if [ -n "$root" ]; then
-        root=$(readlink -m -- "$root")
-        etc=$root/etc remotes=$root/var/remotes lib=$root/lib
-    else
-        etc=/etc/one remotes=/var/lib/one/remotes lib=/usr/lib/one
-    fi
     missing=$(missing_part)
     [ -z "$missing" ] || die "no OpenNebula front-end ${root:+in }${root:-here}: there is no $missing; if it is elsewhere: install.sh -d DIR"
     find_version
     [ -f "$remotes/scripts_common.sh" ] || die "$remotes/scripts_common.sh is missing: this OpenNebula is incomplete"
     framed=no
     ! grep -q -- '8<------' "$remotes/scripts_common.sh" || framed=yes
+    printf '%s\n' "$version $generation $framed"
 }
 
 missing_part() {
