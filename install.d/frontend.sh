@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # install.sh, files.sh, manifest.sh and opennebula.sh set the rest
+# shellcheck shell=bash disable=SC2034,SC2154  # install.sh, files.sh, manifest.sh and opennebula.sh set the rest
 # The front-end: executables, probes and the package into the remotes, which OpenNebula copies to every host.
 #
 # Never edits oned.conf or monitord.conf: it prints what belongs there. Owners and modes are those of the
@@ -130,7 +130,7 @@ uninstall_in_remotes() {
     manifest_in_remotes
     if [ "$first_time" = yes ] && [ ! -d "$backup" ] && [ "$2" = no ]; then
         # or broken off before anything was put
-        [ -d "$remotes/onelxc" ] && [ -z "$(ls -A -- "$remotes/onelxc" | grep -vx manifest.onelxc-new)" ] ||
+        [ -d "$remotes/onelxc" ] && [ -z "$(find "$remotes/onelxc/" -mindepth 1 ! -name manifest.onelxc-new)" ] ||
             die "OneLXC is not installed in ${remotes%/remotes} (no $manifest_file)"
     fi
     drop_installed

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # files.sh and whoever calls set the rest
+# shellcheck shell=bash disable=SC2034,SC2154  # files.sh and whoever calls set the rest
 # What install.sh put, and what was there before: written down before the first thing is put, so that an installation
 # that was broken off at any moment can be continued, and undone by --uninstall.
 #
@@ -186,7 +186,7 @@ drop_entry() {
     fi
 }
 
-is_configuration() { case $1 in */vmm_exec_lxc.conf | */etc/im/*.conf | /etc/onelxc/*) ;; *) return 1 ;; esac; }
+is_configuration() { case $1 in */vmm_exec_lxc.conf | */etc/im/*.conf | /etc/onelxc/* | /etc/apparmor.d/*) ;; *) return 1 ;; esac; }
 
 # put_back KEPT PATH
 put_back() {

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # install.sh and files.sh set the rest
+# shellcheck shell=bash disable=SC2034,SC2154  # install.sh and files.sh set the rest
 # A host: packages, the user's groups, the root helper, its line for sudo, and what libvirt, udev and systemd have to know.
 #
 # Everything put here is root's own, under the paths that onelxc/model.py names. The administrator's files below
@@ -36,6 +36,7 @@ read_node_manifest() {
 put_host() {
     put_helper
     put_hook
+    put_apparmor
     put_policy
     put_sudoers
     put_units
@@ -119,6 +120,25 @@ reload_libvirtd() {
         name=$(cat "$process/comm" 2>/dev/null || :)
         case $name in libvirtd | virtlxcd) kill -HUP "${process#/proc/}" 2>/dev/null || : ;; esac
     done
+}
+
+# Where AppArmor is: the profiles, and the program that puts libvirt's controller of a container into one. libvirtd's own
+# profile lets it execute what lies in /usr/sbin.
+put_apparmor() {
+    local before=$changes
+    put_file "$bundle/libexec/onelxc-controller" /usr/sbin/onelxc-controller root:root 755
+    put_link onelxc-controller /usr/sbin/onelxc-controller-privileged root:root
+    [ -d /etc/apparmor.d ] || return 0
+    put_configuration "$bundle/etc/apparmor.d/abstractions/onelxc-container" \
+        /etc/apparmor.d/abstractions/onelxc-container root:root 644
+    put_configuration "$bundle/etc/apparmor.d/onelxc" /etc/apparmor.d/onelxc root:root 644
+    if [ "$changes" -ne "$before" ] && [ "$dry_run" = no ] && has_apparmor; then
+        try "load the AppArmor profiles" apparmor_parser -r /etc/apparmor.d/onelxc
+    fi
+}
+
+has_apparmor() {
+    [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ] && command -v apparmor_parser >/dev/null
 }
 
 # Made beside the one in use, which actions may be starting from just now.
@@ -249,6 +269,9 @@ node_uninstall() {
         systemctl -q disable --now onelxc-hub.service 2>/dev/null || :
     elif [ "$dry_run" = no ] && [ -s /run/onelxc/hub.pid ]; then
         stop_hub
+    fi
+    if has_apparmor && [ -f /etc/apparmor.d/onelxc ] && step "unload the AppArmor profiles"; then
+        apparmor_parser -R /etc/apparmor.d/onelxc 2>/dev/null || :
     fi
     drop_installed
     restore_replaced

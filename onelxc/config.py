@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from onelxc import optext
@@ -86,6 +87,9 @@ class HostConfig:
     id_count: int = 32768
     privileged: bool = False
     raw: bool = False
+    profiles: tuple[str, ...] = ()
+    """Names of the profiles that may be used at all."""
+    apparmor: bool = True
     import_timeout_s: float = 3600.0
     import_limit_mb: int | None = None
     import_memory_mb: int = 2048
@@ -95,6 +99,11 @@ class HostConfig:
     cache_path: str = "/var/lib/onelxc/cache"
     cache_max_mb: int = 20480
     console_log_kib: int = 1024
+
+    def refused(self, profiles: Iterable[str]) -> str:
+        """The first of the profiles that this host does not allow, "" if there is none."""
+        allowed = {name.removesuffix(".xml") for name in self.profiles}
+        return next((name for name in profiles if name.removesuffix(".xml") not in allowed), "")
 
     def first_id(self, vm_id: int) -> int:
         """The first host id of a VM's own range."""
@@ -152,7 +161,7 @@ def defaults(remotes: str, driver: str) -> Defaults:
 def host(path: str = HOST_CONF) -> HostConfig:
     """The host's policy."""
     file = _File.read(path)
-    file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW")
+    file.allow("DATASTORES", "ID_BASE", "ID_COUNT", "PRIVILEGED", "RAW", "PROFILES", "APPARMOR")
     file.allow("IMPORT_TIMEOUT", "IMPORT_LIMIT", "IMPORT_MEMORY", "FSCK_TIMEOUT")
     file.allow("EXEC_TIMEOUT", "LEASE_TIMEOUT", "CACHE", "CONSOLE_LOG_KIB", "BLOCK_DEVICES")
     standard = HostConfig()
@@ -163,6 +172,8 @@ def host(path: str = HOST_CONF) -> HostConfig:
         id_count=file.whole("ID_COUNT", standard.id_count),
         privileged=file.yes("PRIVILEGED", standard.privileged),
         raw=file.yes("RAW", standard.raw),
+        profiles=tuple(file.text("PROFILES", "").replace(",", " ").split()),
+        apparmor=file.yes("APPARMOR", standard.apparmor),
         import_timeout_s=file.number("IMPORT_TIMEOUT", standard.import_timeout_s),
         import_limit_mb=file.whole("IMPORT_LIMIT", 0) or None,
         import_memory_mb=file.whole("IMPORT_MEMORY", standard.import_memory_mb),

@@ -148,6 +148,8 @@ def features(root: Element, vm: Vm, prepared: Prepared) -> None:
 
 def devices(root: Element, vm: Vm, prepared: Prepared) -> None:
     element = SubElement(root, "devices")
+    if prepared.controller:
+        _leaf(element, "emulator", prepared.controller)
     element.append(filesystem(Mount(prepared.root, "/", vm.root_disk.read_only)))
     for mount in prepared.mounts:
         element.append(filesystem(mount))

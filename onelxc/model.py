@@ -256,6 +256,8 @@ class Prepared:
     """NIC ids whose bridge turned out to be an Open vSwitch, where the template does not say what it is."""
     swap_accounting: bool = True
     """False where the kernel counts no swap (cgroup v1 without memory.memsw.*): libvirt would refuse the limit."""
+    controller: str = ""
+    """The program that becomes libvirt's controller of the container, where AppArmor confines it; "" for libvirt's."""
     notes: tuple[str, ...] = ()
 
 

@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onelxc import __version__, command, errors, host, kernelfile
-from onelxc.errors import CommandError
+from onelxc import __version__, command, config, errors, host, kernelfile
+from onelxc.errors import CommandError, ConfigurationError, HypervisorError
 from onelxc.model import HELPER
-from onelxc.root import starts
+from onelxc.root import apparmor, starts
 
 # program: what it is needed for
 NEEDED = {
@@ -74,6 +74,7 @@ def problems(user: str = "") -> list[Problem]:
         lambda: hook(starts.HOOK),
         lambda: libvirt(systemd),
         lambda: the_user(user),
+        confinement,
         idle_exit,
     ]
     found = [problem for look in looks for problem in look()]
@@ -238,6 +239,28 @@ def the_user(user: str) -> Iterator[Problem]:
         yield Problem(True, f"{user} cannot use libvirt: it {cause} (libvirtd.conf: unix_sock_group, auth_unix_rw)")
     if not _works(["sudo", "-n", "-l", "-U", user, HELPER, "version"]):
         yield Problem(True, f"sudo does not let {user} run {HELPER}: is /etc/sudoers.d read by /etc/sudoers?")
+
+
+def confinement() -> Iterator[Problem]:
+    """Nothing is wrong with a host without AppArmor; one that has it should use it, unless host.conf says no."""
+    if kernelfile.text(apparmor.ENABLED) != "Y":
+        return
+    try:
+        wanted = config.host().apparmor
+    except ConfigurationError as error:
+        yield Problem(True, str(error))
+        return
+    if not wanted:
+        yield Problem(False, 'containers are not confined by AppArmor: APPARMOR = "no" in host.conf')
+    elif not apparmor.available():
+        yield Problem(False, f"{apparmor.SOURCE} is missing, so that AppArmor confines nothing: run `install.sh node`")
+    elif shutil.which("apparmor_parser", path=command.PATH) is None:
+        yield Problem(True, 'AppArmor is on, and apparmor_parser is missing: install apparmor, or set APPARMOR = "no"')
+    else:
+        try:
+            apparmor.controller(True, False)
+        except HypervisorError as error:
+            yield Problem(True, str(error))
 
 
 def idle_exit() -> Iterator[Problem]:

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from onelxc.root import enter, syscalls
+from onelxc.root import apparmor, enter, syscalls
 
 KEEP = 8 * 1024
 """Bytes kept of the beginning, and again of the end, of stdout and of stderr: the answer of a probe is one datagram."""
@@ -41,6 +41,8 @@ class Target:
     limits: tuple[tuple[int, tuple[int, int]], ...]
     root: tuple[int, int]
     """The host's uid and gid of the container's root: the pipes are its own, or /dev/stdout could not be opened."""
+    profile: str = ""
+    """AppArmor's, of init."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def _become_entrant(target: Target, command: str, inner: dict[str, int]) -> NoRe
             os.set_inheritable(fd, True)
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
+        if target.profile:
+            apparmor.enter_at_exec(target.profile)
         root = os.open("/", os.O_PATH | os.O_CLOEXEC)
         syscalls.mount_setattr(root, set_=syscalls.ATTR_RDONLY, recursive=True)
         os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", enter.__file__, str(description)], {})

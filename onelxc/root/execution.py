@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from onelxc import command, containers, executions, jsontext, kernelfile, names, samples
 from onelxc.errors import HypervisorError, NoSuchDomainError, NotSupportedError, TemplateError
 from onelxc.model import VmPaths
-from onelxc.root import apart, cgroups, durable, freezer, named_group, orphans, syscalls
+from onelxc.root import apart, apparmor, cgroups, durable, freezer, named_group, orphans, syscalls
 from onelxc.root.exec_runner import BEGUN, Result, Runner, Target
 from onelxc.root.work import Work
 
@@ -187,6 +187,7 @@ def find(vm_id: int) -> Target:
         groups.extend(_groups(vm_id, controller, init))
         bounding = int(kernelfile.status(init, "CapBnd") or "0", 16)
         root = _root_of(init)
+        profile = apparmor.label(init)
         limits = tuple((kind, resource.prlimit(init, kind)) for kind in _limit_kinds())
         if init not in orphans.children(controller):
             raise NoSuchDomainError(f"Cannot execute in {name}: it has just ended")
@@ -205,6 +206,7 @@ def find(vm_id: int) -> Target:
         no_new_privileges=kernelfile.status(init, "NoNewPrivs") == "1",
         root=root,
         limits=limits,
+        profile=profile,
     )
 
 

@@ -16,6 +16,7 @@ from onelxc import domainxml, model
 from onelxc.errors import ConfigurationError, StorageError
 from onelxc.model import Disk, Init, IoLimits, Mount, Prepared, Vm
 from onelxc.root import (
+    apparmor,
     cache,
     cgroups,
     consolelog,
@@ -69,6 +70,7 @@ def verb(work: Work, request: dict[str, Any]) -> Any:
 def prepare(work: Work, vm: Vm) -> Prepared:
     """Mount everything. The caller undoes by the journal when this raises."""
     id_base = None if vm.privileged else work.config.first_id(vm.vm_id)
+    controller = apparmor.controller(work.config.apparmor, vm.privileged)
     make_private(work.paths.mounts, id_base)
     devices = []
     init, device = _root(work, vm, id_base)
@@ -96,6 +98,7 @@ def prepare(work: Work, vm: Vm) -> Prepared:
         interfaces=nics.interfaces(vm),
         switches=nics.switches(vm),
         swap_accounting=_counts_swap(),
+        controller=controller,
     )
     _secure(vm, prepared)
     return prepared

@@ -122,6 +122,14 @@ def vm(data: object, vm_id: int, config: HostConfig) -> Vm:
     for profile in read.profiles:
         if not profile or "/" in profile or profile.startswith("."):
             raise HelperError(f"Cannot prepare VM {vm_id}: {profile!r} is no name of a profile")
+    # whether a template or the operator's defaults name them is not known here: this host's own word is what counts
+    refused = config.refused(read.profiles)
+    if refused:
+        raise HelperError(
+            f"Cannot prepare VM {vm_id}: this host does not allow the profile {refused} (PROFILES in host.conf)"
+        )
+    if read.raw and not config.raw:
+        raise HelperError(f"Cannot prepare VM {vm_id}: this host allows no RAW (RAW in host.conf)")
     return read
 
 
