@@ -3,6 +3,7 @@
 #
 # Under systemd it uses the host's libvirtd, and puts the host's part of OneLXC there for the while if it is not installed;
 # elsewhere everything happens in a machine of its own (tests/alone: namespaces, a private libvirtd, an overlay over /).
+# Everything below the datastore, which is the user's, is done by a process of that user (owner.sh).
 # The VM's number is one that nobody has, it has no network interface, and whatever is made is removed at the end, also
 # when something fails or is interrupted. Packages stay.
 
@@ -52,23 +53,32 @@ demo_prepare() {
 
     local datastore
     datastore=$(cd "$bundle" && /usr/bin/python3 -c 'from onelxc import config; print(config.host().datastores[0])')
-    [ -d "$datastore" ] || { made_datastore=$datastore && mkdir -p -- "$datastore"; }
-    base=$(mktemp -d -- "$datastore/onelxc-demo.XXXXXX")
-    chmod 755 "$base"
+    [ -d "$datastore" ] || { made_datastore=$datastore && install -d -o "$user" -m 755 -- "$datastore"; }
+    find_owner "$datastore"
+    if [ "$part_owner" = root ]; then
+        base=$(mktemp -d -- "$datastore/onelxc-demo.XXXXXX")
+        chown "$user:" "$base"
+        made_base=root
+    else
+        [ "$part_owner" = "$user" ] || die "$datastore belongs to $part_owner, not to $user"
+        base=$(as_user "$user" mktemp -d -- "$datastore/onelxc-demo.XXXXXX")
+        made_base=$user
+    fi
     remotes=$base/remotes
-    mkdir "$remotes" "$remotes/im" "$remotes/vmm"
-    cp -R "$bundle/onelxc" "$remotes/onelxc"
-    cp -R "$bundle/remotes/vmm/lxc" "$remotes/vmm/lxc"
-    cp -R "$bundle/remotes/im/lxc.d" "$remotes/im/lxc.d"
-    printf 'FRAMED = "yes"\nDRIVER = "lxc"\nONE_VERSION = "3.2.1"\n' >"$remotes/onelxc/front_end.conf"
+    publish_bundle
+    # shellcheck disable=SC2016 # for the other shell
+    as_user "$user" sh -ec 'umask 022; chmod 755 "$1"; cd "$1"; mkdir remotes remotes/im remotes/vmm
+        cp -R "$2/onelxc" remotes/onelxc
+        cp -R "$2/remotes/vmm/lxc" remotes/vmm/lxc
+        cp -R "$2/remotes/im/lxc.d" remotes/im/lxc.d
+        printf "%s = \"%s\"\n" FRAMED yes DRIVER lxc ONE_VERSION 3.2.1 >remotes/onelxc/front_end.conf' - "$base" "$published"
 
     vm_id=4000000
     while [ -e "$state/vms/$vm_id" ] || virsh -q -c lxc:/// dominfo "one-$vm_id" >/dev/null 2>&1; do
         vm_id=$((vm_id + 1))
     done
     images=$base/$vm_id/images
-    mkdir -p "$images"
-    chown -R "$user:" "$base"
+    as_user "$user" mkdir -p "$images"
 }
 
 put_sudoers_of_demo() {
@@ -86,12 +96,15 @@ demo_run() {
         demo_rootfs "$archive"
     fi
     say "image: $archive ($(($(stat -c %s "$archive") / 1024)) KiB), which oned's tm_ssh copies to disk.0"
-    cp --sparse=always -- "$archive" "$images/disk.0"
-    chown "$user:" "$images/disk.0"
+    if [ "$archive" = "$base/rootfs.tar.gz" ]; then
+        as_user "$user" cp -- "$archive" "$images/disk.0"
+    else
+        as_user "$user" dd "of=$images/disk.0" bs=1M conv=sparse,fsync status=none <"$archive"
+    fi
     say
 
     as_oned "host probe" "im/lxc.d" "" "lxc" 0 "$here"
-    demo_template >"$images/deployment.0"
+    demo_template | as_user "$user" dd "of=$images/deployment.0" status=none
     as_oned "deploy" vmm/lxc/deploy "$images/deployment.0" "$images/deployment.0" "$here" "$vm_id" "$here"
     as_oned "poll" vmm/lxc/poll "" "one-$vm_id" "$here" "$vm_id" "$here"
     virsh -q -c lxc:/// list | sed 's/^/      libvirt: /'
@@ -128,8 +141,9 @@ as_oned() {
     fi
     say "$title: $shown"
     began=$(date +%s%N)
-    if ! output=$(runuser -u "$user" -- env -i HOME=/ PATH=/usr/local/bin:/usr/bin:/bin:/usr/games USER="$user" \
-        bash -c "$script" <"$stdin" 2>&1); then
+    # shellcheck disable=SC2016
+    if ! output=$(as_user "$user" env PATH=/usr/local/bin:/usr/bin:/bin:/usr/games USER="$user" \
+        bash -c 'exec bash -c "$1" <"$2" 2>&1' - "$script" "$stdin" 2>&1); then
         printf '%s\n' "$output" | sed 's/^/      /'
         die "$title failed"
     fi
@@ -147,8 +161,17 @@ demo_template() {
 
 # demo_rootfs FILE: busybox, and an inittab that counts the boots.
 demo_rootfs() {
-    local root=$base/rootfs busybox name
+    local busybox
     busybox=$(command -v busybox) || die "busybox is missing"
+    {
+        declare -f make_rootfs
+        echo 'set -e; umask 022; make_rootfs "$@"'
+    } | as_user "$user" bash -s - "$base/rootfs" "$busybox" "$1"
+}
+
+# make_rootfs DIRECTORY BUSYBOX FILE
+make_rootfs() {
+    local root=$1 busybox=$2 name
     mkdir -p "$root"/{bin,sbin,etc,dev,proc,sys,root,tmp,var/tmp}
     cp "$busybox" "$root/bin/busybox"
     for name in sh cat date echo expr mount ps reboot poweroff sleep uname id hostname; do
@@ -168,7 +191,7 @@ echo $n > /var/boots
 echo "busybox: boot number $n of $(hostname), uid 0 inside is uid $(cat /proc/self/uid_map | while read a b c; do echo $b; done) outside"
 END
     chmod 755 "$root/etc/boot"
-    tar -C "$root" --owner=0 --group=0 --numeric-owner -czf "$1" .
+    tar -C "$root" --owner=0 --group=0 --numeric-owner -czf "$3" .
     rm -rf -- "$root"
 }
 
@@ -196,9 +219,14 @@ demo_clean_up() {
     trap - EXIT
     set +e
     if [ -n "$vm_id" ] && [ -d "$state/vms/$vm_id" ]; then
-        runuser -u "$user" -- "$remotes/vmm/lxc/cancel" "one-$vm_id" localhost "$vm_id" localhost >/dev/null 2>&1
+        as_user "$user" "$remotes/vmm/lxc/cancel" "one-$vm_id" localhost "$vm_id" localhost >/dev/null 2>&1
     fi
-    [ -z "$base" ] || rm -rf --one-file-system -- "$base"
+    if [ -n "$base" ]; then
+        as_user "$user" rm -rf --one-file-system -- "$base" 2>/dev/null
+        # its directory is root's
+        [ "$made_base" != root ] || rmdir -- "$base"
+    fi
+    [ -z "$published" ] || rm -rf -- "$published"
     [ -z "${made_datastore:-}" ] || rmdir -p --ignore-fail-on-non-empty -- "$made_datastore" 2>/dev/null
     rm -f /etc/sudoers.d/onelxc-demo /etc/sudoers.d/onelxc-demo.new
     if [ "$made_host" = yes ] && [ -e "$node_manifest" ]; then

@@ -84,14 +84,14 @@ look() {
         if [ -f "$path" ]; then paths+=("$path"); fi
     done
     [ ${#paths[@]} -gt 0 ] || return 0
-    while read -r rest path; do digests[$path]=$rest; done < <(sha256sum -- "${paths[@]}")
+    while read -r rest path; do digests[$path]=$rest; done < <(sha256sum -- "${paths[@]}" 2>/dev/null)
     while read -r rest path; do seen[$path]=$rest; done < <(stat -c '%U:%G,%a %n' -- "${paths[@]}")
 }
 
 # put_directory PATH OWNER:GROUP MODE: one that exists is left as it is, it may be somebody else's.
 put_directory() {
     if [ -n "${planned[$1]:-}" ]; then return 0; fi
-    if [ -d "$1" ] && [ ! -L "$1" ]; then
+    if [ -d "$1" ] && { [ ! -L "$1" ] || [ -O "$1" ]; }; then
         [ -z "${shipped[$1]:-}" ] || manifest+=("directory $1")
         return 0
     fi
@@ -111,6 +111,7 @@ put_own_directory() {
 put_file() {
     local verb=create path
     if [ -z "${looked[$1]:-}" ] || [ -z "${looked[$2]:-}" ]; then look "$1" "$2"; fi
+    [ -n "${digests[$1]:-}" ] || die "Cannot read $1: it belongs into $2"
     manifest+=("${digests[$1]} $2")
     if [ "${digests[$1]}" = "${digests[$2]:-}" ] && [ ! -L "$2" ]; then
         if [ "${seen[$2]%,*}" != "$3" ] && step "chown $3 $2"; then try "chown $2" chown -- "$3" "$(place "$2")"; fi
@@ -175,6 +176,7 @@ put_text() {
 # installation put there is replaced, an edited one is kept.
 put_configuration() {
     look "$1" "$2"
+    [ -n "${digests[$1]:-}" ] || die "Cannot read $1: it belongs into $2"
     if [ -e "$2" ] && [ "${digests[$2]:-}" != "${digests[$1]}" ] && ! was_put "${digests[$2]:-}" "$2"; then
         manifest+=("${digests[$1]} $2")
         say "kept $2, which was edited (this version's own is $1)"
@@ -232,8 +234,9 @@ drop_directory() {
     if [ "$dry_run" = yes ]; then
         step "remove $1/ if it is empty then" || return 0
     fi
-    try "remove $1/__pycache__" rm -rf -- "$1/__pycache__"
-    if rmdir -- "$1" 2>/dev/null; then
+    [ ! -d "$1/__pycache__" ] || try "remove $1/__pycache__" rm -rf -- "$1/__pycache__"
+    if [ -z "$(find "$1/" -mindepth 1 -print -quit)" ]; then
+        try "remove $1/" rmdir -- "$1"
         changes=$((changes + 1))
         say "remove $1/"
     fi

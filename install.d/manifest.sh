@@ -40,6 +40,27 @@ read_manifest() {
             *) shipped[$path]="${shipped[$path]:- }${line%% *} " ;;
         esac
     done
+    hold_links "${installed[@]#* }"
+}
+
+# hold_links PATH...: below manifest_root a link is followed to what belongs to whoever owns the root, and nowhere else. The
+# kernel would hold it, too; here it is said in a line, before anything is done.
+hold_links() {
+    local path here part rest
+    local -A seen_directories=()
+    for path; do
+        here=${path%/*}
+        [ -z "${seen_directories[$here]:-}" ] || continue
+        seen_directories[$here]=yes
+        rest=${here#"$manifest_root"} here=$manifest_root
+        while [ -n "$rest" ]; do
+            rest=${rest#/} part=${rest%%/*}
+            rest=${rest#"$part"} here+=/$part
+            if [ -L "$here" ] && { [ ! -d "$here" ] || [ ! -O "$here" ]; }; then
+                die "$here is a link to what does not belong to $(id -un): $path is not touched"
+            fi
+        done
+    done
 }
 
 # carry_out COMMAND ARGUMENT...: what COMMAND puts is written down, then put; what an older version put goes at the end.
@@ -51,6 +72,7 @@ carry_out() {
     "$@"
     dry_run=$was quiet=no planned=() looked=() digests=() seen=()
     if [ "$dry_run" = yes ]; then planned[$directory]=yes; fi
+    hold_links "${manifest[@]#* }"
     write_manifest "${old[@]}" "${manifest[@]}"
     for line in "${old[@]}" "${manifest[@]}"; do case $line in 'replaced '*) kept+=("$line") ;; esac; done
     manifest=("${kept[@]}")
@@ -168,7 +190,7 @@ drop_entry() {
         replaced) return 0 ;;
     esac
     if keeps "$path"; then kept=$(backup_of "$path"); fi
-    [ "$dry_run" = yes ] || rm -f -- "$path.onelxc-new" 2>/dev/null || :
+    if [ "$dry_run" = no ] && is_there "$path.onelxc-new"; then try "remove $path.onelxc-new" rm -f -- "$path.onelxc-new"; fi
     if is_there "$path" && ! is_ours "$path"; then
         if is_configuration "$path"; then
             say "kept $path, which was edited"
@@ -199,8 +221,10 @@ put_back() {
 restore_replaced() {
     local name
     [ -n "$backup" ] && [ -d "$backup" ] || return 0
+    [ ! -L "$backup" ] || [ -O "$backup" ] || die "$backup is a link to what does not belong to $(id -un)"
     while IFS= read -r -d '' name; do
         case $name in *.onelxc-new) rm -f -- "$backup/$name" && continue ;; esac
+        hold_links "$manifest_root/$name"
         if is_there "$manifest_root/$name"; then
             say "kept $backup/$name: $manifest_root/$name is not OneLXC's"
         else

@@ -83,7 +83,8 @@ as_part() {
             fi
             names+=("$name:$path")
         done
-        as_user "$user" bash /proc/self/fd/3/install.sh part "$dry_run" "$verbose" "${names[@]}" -- "$@"
+        exec </dev/null
+        as_user "$user" setpriv --no-new-privs bash /proc/self/fd/3/install.sh part "$dry_run" "$verbose" "${names[@]}" -- "$@"
     )
 }
 
@@ -119,16 +120,17 @@ as_people_know() {
     printf '%s' "$text"
 }
 
-# as_user USER COMMAND...: in a session of its own, without root's environment, terminal and privileges to come. It ends
-# with the process that called it.
+# as_user USER COMMAND...: in a session of its own, without root's environment, terminal and groups. It ends with the
+# process that called it. Its stdin is what the caller gives it, if that is no terminal.
 as_user() (
     user=$1 group=$(id -g -- "$1")
     shift
     set -o pipefail
+    if [ -t 0 ]; then exec </dev/null; fi
     {
         {
-            setsid -w setpriv --reuid "$user" --regid "$group" --init-groups --inh-caps=-all --no-new-privs \
-                --pdeathsig TERM env -i PATH="$PATH" HOME=/ LC_ALL=C.UTF-8 "$@" </dev/null 2>&1 >&4 4>&- | cat >&2
+            setsid -w setpriv --reuid "$user" --regid "$group" --init-groups --inh-caps=-all \
+                --pdeathsig TERM env -i PATH="$PATH" HOME=/ LC_ALL=C.UTF-8 "$@" 2>&1 >&4 4>&- | cat >&2
         } 4>&1 | cat
     }
 )
@@ -140,9 +142,9 @@ publish_bundle() {
     [ -z "$published" ] || return 0
     published=$(mktemp -d) || die "Cannot make a temporary directory in ${TMPDIR:-/tmp}"
     for name in install.sh install.d etc remotes onelxc oned.conf.example; do
-        [ ! -e "$bundle/$name" ] || cp -R -- "$bundle/$name" "$published/$name"
+        [ ! -e "$bundle/$name" ] || try "copy $bundle" cp -R -- "$bundle/$name" "$published/$name"
     done
-    chmod -R u=rwX,go=rX -- "$published"
+    try "copy $bundle" chmod -R u=rwX,go=rX -- "$published"
 }
 
 # refuse_mixed PATH: root's own tree must not hold directories that others can change; root works in it by path.

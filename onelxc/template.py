@@ -105,7 +105,7 @@ def build(root: Any, vm_id: int, vm_dir: str, policy: Policy) -> Vm:
         capabilities=policy.defaults.capabilities,
         graphics=_graphics(template, notes),
         raw=raw,
-        profiles=_profiles(template, user, policy),
+        profiles=_profiles(template, user, policy.defaults),
         notes=tuple(notes),
     )
 
@@ -201,16 +201,13 @@ def _privileged(template: Fields, user: Fields, policy: Policy, notes: list[str]
     return wanted
 
 
-def _profiles(template: Fields, user: Fields, policy: Policy) -> tuple[str, ...]:
-    """LXC_PROFILES: names of files in the administrator's directory, never paths; host.conf has to list each."""
+def _profiles(template: Fields, user: Fields, defaults: Defaults) -> tuple[str, ...]:
+    """LXC_PROFILES: names of files in the administrator's directory, never paths. The helper holds them to host.conf."""
     text = user.text("LXC_PROFILES", default=template.text("LXC_PROFILES"))
-    names = list(policy.defaults.profiles) + text.replace(",", " ").split()
+    names = list(defaults.profiles) + text.replace(",", " ").split()
     for name in names:
         if not _PROFILE.match(name):
             raise template.error(f"LXC_PROFILES has a name that no profile can have: {name!r}")
-    refused = policy.host.refused(names)
-    if refused:
-        raise template.error(f"LXC_PROFILES: this host does not allow the profile {refused} (PROFILES in host.conf)")
     return tuple(dict.fromkeys(names))
 
 

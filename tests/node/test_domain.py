@@ -90,7 +90,7 @@ def test_i686_is_a_personality(vm: NewVm) -> None:
 
 
 def test_profiles_of_the_host(vm: NewVm) -> None:
-    with file(f"{PROFILES}/scratch.xml", SCRATCH):
+    with file(f"{PROFILES}/scratch.xml", SCRATCH), file(HOST_CONF, '\nPROFILES = "other, scratch"\n'):
         one = vm(user_template={"LXC_PROFILES": "scratch"}).deployed().booted()
         assert "tmpfs /scratch tmpfs" in one.inside("cat /proc/mounts") or " /scratch " in one.inside(
             "cat /proc/mounts"
@@ -99,10 +99,24 @@ def test_profiles_of_the_host(vm: NewVm) -> None:
 
 def test_a_profile_that_is_missing(vm: NewVm) -> None:
     one = vm(user_template={"LXC_PROFILES": "nothere"})
-    assert failure(one, one.deploy()) == (
-        f"Cannot deploy VM {one.vm_id}: cannot read the profile nothere: {PROFILES}/nothere.xml: No such file or"
-        " directory"
-    )
+    with file(HOST_CONF, '\nPROFILES = "nothere"\n'):
+        assert failure(one, one.deploy()) == (
+            f"Cannot deploy VM {one.vm_id}: cannot read the profile nothere: {PROFILES}/nothere.xml: No such file or"
+            " directory"
+        )
+
+
+@pytest.mark.parametrize("place", ["USER_TEMPLATE", "TEMPLATE"])
+def test_a_profile_that_host_conf_does_not_list(vm: NewVm, place: str) -> None:
+    """It is there, and a template names it; also with the name of its file."""
+    for name in ("scratch", "scratch.xml"):
+        asked = {"LXC_PROFILES": f"other, {name}"}
+        one = vm(user_template=asked) if place == "USER_TEMPLATE" else vm(template=asked)
+        with file(f"{PROFILES}/scratch.xml", SCRATCH), file(HOST_CONF, '\nPROFILES = "other, scratch-2"\n'):
+            assert failure(one, one.deploy()) == (
+                f"Cannot deploy VM {one.vm_id}: this host does not allow the profile {name} (PROFILES in host.conf)"
+            )
+        assert one.name not in machine.domains()
 
 
 def test_raw_is_refused_and_where_the_host_allows_it_used(vm: NewVm) -> None:

@@ -200,6 +200,7 @@ OTHER: dict[type, dict[str, Any]] = {
         "interfaces": (),
         "switches": (0,),
         "swap_accounting": False,
+        "controller": "/usr/sbin/other",
     },
 }
 

@@ -160,6 +160,8 @@ def test_a_vm_comes_over_as_it_is() -> None:
         (Vm(vm_id=7, disks=(Disk(1, "/a"), Disk(1, "/b"))), "not distinct"),
         (Vm(vm_id=7, disks=(Disk(-1, "/a"),)), "not distinct small numbers"),
         (Vm(vm_id=7, profiles=("../../etc/shadow",)), "no name of a profile"),
+        (Vm(vm_id=7, profiles=("gpu",)), "this host does not allow the profile gpu (PROFILES in host.conf)"),
+        (Vm(vm_id=7, raw=("<devices/>",)), "this host allows no RAW (RAW in host.conf)"),
         (Vm(vm_id=7, disks=(Disk(1, "/a", target="/a/../../etc"),)), "not a path below /"),
         (Vm(vm_id=7, disks=(Disk(1, "/a", target="/"),)), "not a path below /"),
         (Vm(vm_id=7, disks=(Disk(1, "/a\0b"),)), "a NUL"),
@@ -169,6 +171,33 @@ def test_a_vm_that_may_not_be(vm: Vm, told: str) -> None:
     with pytest.raises(OneLxcError) as caught:
         described(vm)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "asked", "refused"),
+    [
+        (("gpu",), ("gpu",), ""),
+        (("gpu.xml",), ("gpu",), ""),
+        (("gpu",), ("gpu.xml",), ""),
+        (("gpu", "audio"), ("audio", "gpu"), ""),
+        (("gpu",), ("gpu", "audio"), "audio"),
+        (("gpu",), ("GPU",), "GPU"),
+        (("gpu2",), ("gpu",), "gpu"),
+        (("*",), ("gpu",), "gpu"),
+        (("gpu",), ("gpu.xml.xml",), "gpu.xml.xml"),
+    ],
+)
+def test_profiles_that_the_host_allows(allowed: tuple[str, ...], asked: tuple[str, ...], refused: str) -> None:
+    vm, host = Vm(vm_id=7, profiles=asked), HostConfig(profiles=allowed)
+    if not refused:
+        assert described(vm, host) == vm
+        return
+    with pytest.raises(HelperError, match=f"does not allow the profile {refused} "):
+        described(vm, host)
+
+
+def test_raw_where_the_host_allows_it() -> None:
+    assert described(Vm(vm_id=7, raw=("<devices/>",)), HostConfig(raw=True)).raw
 
 
 def test_privileged_where_the_host_allows_it() -> None:
