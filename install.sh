@@ -42,7 +42,7 @@ END
 . "$bundle/install.d/files.sh"
 # shellcheck source=install.d/manifest.sh
 . "$bundle/install.d/manifest.sh"
-trap 'say_group; [ -z "$published" ] || rm -rf -- "$published" 2>/dev/null' EXIT
+trap 'say_group; [ -z "$published" ] || rm -rf -- "$published" 2>/dev/null || :' EXIT
 
 command=front-end
 case ${1:-} in

@@ -169,7 +169,7 @@ put_text() {
     { printf '%s\n' "$1" >"$file"; } 2>/dev/null || die "Cannot write $file: is ${TMPDIR:-/tmp} full?"
     put_file "$file" "$2" "$3" "$4"
     unset "looked[$file]"
-    rm -f -- "$file"
+    try "remove $file" rm -f -- "$file"
 }
 
 # put_configuration SOURCE PATH OWNER:GROUP MODE: a file that the operator edits. One that still is what the last

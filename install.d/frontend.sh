@@ -115,9 +115,11 @@ ONE_VERSION = \"$version\"" "$remotes/onelxc/front_end.conf" "$data_files" "$dat
 }
 
 frontend_uninstall() {
-    local in_etc=no
+    local in_etc=no left
     ask_which_opennebula
-    [ ! -e "$etc/vmm_exec/onelxc.manifest" ] || in_etc=yes
+    # also what an installation has left that was broken off at its very beginning
+    for left in "$etc"/vmm_exec/onelxc.manifest*; do [ ! -e "$left" ] || in_etc=yes; done
+    [ ! -d "$etc/vmm_exec" ] || [ -n "$(find "$etc/vmm_exec/" -mindepth 1 -print -quit)" ] || in_etc=yes
     [ "$(id -u)" -ne 0 ] || [ "$dry_run" = yes ] || drop_caches_of_root "$remotes" onelxc
     as_part remotes uninstall_in_remotes "$generation" "$in_etc"
     [ "$generation" = monitord ] || as_part etc uninstall_in_etc
@@ -146,7 +148,7 @@ uninstall_in_etc() {
     drop_installed
     [ "$dry_run" = yes ] || try "remove $manifest_file" rm -f -- "$manifest_file.onelxc-new"
     drop_file "$manifest_file"
-    [ -z "${shipped[$etc/vmm_exec]:-}" ] || drop_directory "$etc/vmm_exec"
+    if [ -n "${shipped[$etc/vmm_exec]:-}" ] || [ "$first_time" = yes ]; then drop_directory "$etc/vmm_exec"; fi
 }
 
 put_remote_tree() { put_tree "$1" "$2" "$data_files" "$directory_mode" "$data_mode" "$executable_mode"; }

@@ -67,7 +67,7 @@ hold_links() {
 carry_out() {
     local old=("${installed[@]}") was=$dry_run directory=${manifest_file%/*} line kept=()
     # its own first: a directory with nothing in it is all that is left of an installation broken off before the next line
-    [ -d "$directory" ] || put_own_directory "$directory" "$manifest_owner" "${directory_mode:-755}"
+    [ -n "$(find "$directory/" -mindepth 1 ! -name '*.onelxc-new' -print -quit 2>/dev/null)" ] || put_own_directory "$directory" "$manifest_owner" "${directory_mode:-755}"
     dry_run=yes quiet=yes
     "$@"
     dry_run=$was quiet=no planned=() looked=() digests=() seen=()
@@ -86,7 +86,8 @@ write_manifest() {
     local line text='' new=$manifest_file.onelxc-new
     [ "$dry_run" = no ] || return 0
     for line; do text+="${line%% *} $manifest_token${line#* "$manifest_root"}"$'\n'; done
-    text=$(awk '!seen[$0]++' <<<"${text%$'\n'}") || die "Cannot write $manifest_file: is ${TMPDIR:-/tmp} full?"
+    # a directory before what is in it: they go in the reverse order
+    text=$(LC_ALL=C sort -k2 <<<"${text%$'\n'}" | uniq) || die "Cannot write $manifest_file: is ${TMPDIR:-/tmp} full?"
     ! [ "$text" = "$(cat -- "$manifest_file" 2>/dev/null)" ] || return 0
     try "write $manifest_file" rm -f -- "$new"
     (umask 077 && printf '%s\n' "$text" >"$new") 2>/dev/null || die "Cannot write $manifest_file: is the disk full?"

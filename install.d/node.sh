@@ -129,6 +129,7 @@ put_apparmor() {
     put_file "$bundle/libexec/onelxc-controller" /usr/sbin/onelxc-controller root:root 755
     put_link onelxc-controller /usr/sbin/onelxc-controller-privileged root:root
     [ -d /etc/apparmor.d ] || return 0
+    put_directory /etc/apparmor.d/abstractions root:root 755
     put_configuration "$bundle/etc/apparmor.d/abstractions/onelxc-container" \
         /etc/apparmor.d/abstractions/onelxc-container root:root 644
     put_configuration "$bundle/etc/apparmor.d/onelxc" /etc/apparmor.d/onelxc root:root 644

@@ -202,7 +202,7 @@ def _privileged(template: Fields, user: Fields, policy: Policy, notes: list[str]
 
 
 def _profiles(template: Fields, user: Fields, defaults: Defaults) -> tuple[str, ...]:
-    """LXC_PROFILES: names of files in the administrator's directory, never paths. The helper holds them to host.conf."""
+    """LXC_PROFILES: names of the administrator's files, never paths. The helper holds them to host.conf."""
     text = user.text("LXC_PROFILES", default=template.text("LXC_PROFILES"))
     names = list(defaults.profiles) + text.replace(",", " ").split()
     for name in names:

@@ -57,15 +57,8 @@ def victim(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(params=[trees.pull, trees.monitord], ids=["pull", "monitord"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    reachable(tmp_path)
+    trees.reachable(tmp_path)
     return request.param(tmp_path / "one")  # type: ignore[no-any-return]
-
-
-def reachable(directory: Path) -> None:
-    """pytest's own directories are root's alone."""
-    for path in (directory, directory.parent, directory.parent.parent, directory.parent.parent.parent):
-        if path != Path("/tmp"):
-            path.chmod(0o755)
 
 
 def oneadmins(*paths: Path) -> None:
@@ -154,7 +147,7 @@ def test_a_file_is_a_link(root: Path, victim: Path, name: str, step: str) -> Non
 
 def test_nothing_that_only_root_may_read_is_copied(tmp_path: Path, victim: Path) -> None:
     """A probe of the stock's is a link to root's secret; so is what another driver had in our place."""
-    reachable(tmp_path)
+    trees.reachable(tmp_path)
     root = trees.monitord(tmp_path / "one")
     remotes = root / "var/remotes"
     link(remotes / "im/kvm-probes.d/host/system/pci.rb", victim / "secret")
@@ -168,7 +161,7 @@ def test_nothing_that_only_root_may_read_is_copied(tmp_path: Path, victim: Path)
 
 def test_nothing_of_oneadmins_is_executed_by_root(tmp_path: Path) -> None:
     """oned of a self-contained installation is asked for its version where nothing else says it."""
-    reachable(tmp_path)
+    trees.reachable(tmp_path)
     root = trees.pull(tmp_path / "one")
     (root / "lib/ruby/cli/one_helper.rb").unlink()
     oned = root / "bin/oned"
@@ -191,7 +184,7 @@ def test_nothing_of_oneadmins_is_executed_by_root(tmp_path: Path) -> None:
 
 def test_the_session_and_terminal_of_root_are_not_given(tmp_path: Path) -> None:
     """Whoever has root's terminal could type there (TIOCSTI)."""
-    reachable(tmp_path)
+    trees.reachable(tmp_path)
     root = trees.pull(tmp_path / "one")
     oned, tty = root / "bin/oned", os.openpty()
     (root / "lib/ruby/cli/one_helper.rb").unlink()
@@ -256,7 +249,7 @@ def test_links_that_are_legitimate(tmp_path: Path) -> None:
     os.rename(root / "var/remotes/vmm", tmp_path / "elsewhere/vmm")
     os.rename(root / "var/remotes/etc", tmp_path / "elsewhere/etc")
     oneadmins(tmp_path / "elsewhere")
-    reachable(tmp_path)
+    trees.reachable(tmp_path)
     link(root / "var/remotes/vmm", "../../../elsewhere/vmm")
     link(root / "var/remotes/etc", tmp_path / "elsewhere/etc")
     here = tmp_path / "link-to-one"

@@ -324,7 +324,7 @@ def test_profiles(vm: NewVm, archive: Callable[[Change], str], mounted: str, why
         (root / "to-host").symlink_to(".oldroot")
         (root / "nowhere").symlink_to("/etc")
 
-    with file(f"{PROFILES}/guard.xml", profile(mounted)):
+    with file(f"{PROFILES}/guard.xml", profile(mounted)), hostconf.with_line('PROFILES = "guard"'):
         one = vm(archive(change), user_template={"LXC_PROFILES": "guard"})
         assert why in refusal(one)
 
@@ -334,7 +334,7 @@ def test_a_share_of_the_administrators_is_nothing_of_the_host(vm: NewVm) -> None
     (share / "sub").mkdir(parents=True)
     mounted = f"<filesystem type='mount'><source dir='{share}'/><target dir='/share'/></filesystem>"
     memory = "<filesystem type='ram'><source usage='1024' units='KiB'/><target dir='/dev/shm'/></filesystem>"
-    with file(f"{PROFILES}/guard.xml", profile(mounted + memory)):
+    with file(f"{PROFILES}/guard.xml", profile(mounted + memory)), hostconf.with_line('PROFILES = "guard"'):
         one = vm(user_template={"LXC_PROFILES": "guard"}).deployed().booted()
         one.inside("mkdir /more; mount --bind /share/sub /more")
         assert states() == {one.vm_id: "running"}

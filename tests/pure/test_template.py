@@ -496,3 +496,16 @@ def test_any_text_gives_a_vm_or_one_line(attribute: str, vector: str, key: str, 
         assert "\n" not in str(error)
     else:
         assert dataclasses.is_dataclass(got)
+
+
+@pytest.mark.parametrize("first", ["", "<![CDATA[]]>", "<A>b</A>"])
+def test_a_second_attribute_of_a_name_that_may_be_restricted_is_not_read(first: str) -> None:
+    """oned 7.4 compares the first of a name with what was there before, and an empty one is like none: a user's second
+    one passes `onevm update` behind it.
+    """
+    names = {"LXC_UNPRIVILEGED": "no", "LXC_PROFILES": "gpu"}
+    user = "".join(f"<{name}>{first}</{name}><{name}>{value}</{name}>" for name, value in names.items())
+    disk = "<DISK><DISK_ID>0</DISK_ID><SOURCE>/images/rootfs.tar</SOURCE></DISK>"
+    xml = f"<VM><ID>7</ID><TEMPLATE>{disk}</TEMPLATE><USER_TEMPLATE>{user}</USER_TEMPLATE></VM>"
+    got = template.parse(xml.encode(), 7, "/var/lib/one/datastores/0/7", Policy(host=HostConfig(privileged=True)))
+    assert (got.privileged, got.profiles) == (False, ())

@@ -110,6 +110,14 @@ def packaged(root: Path, kind: Callable[[Path], Path]) -> None:
         path.chmod(0o750 if path.is_dir() else 0o640)
 
 
+def reachable(directory: Path) -> Path:
+    """Let other users pass to it: pytest's own directories are root's alone."""
+    for path in (directory, *directory.parents):
+        if path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o001:
+            path.chmod(0o755)
+    return directory
+
+
 def snapshot(root: Path, *, but: str = "") -> dict[str, str]:
     """Every path below `root` with kind, mode, owner, link target and contents; without paths that hold `but`."""
     found = {}
