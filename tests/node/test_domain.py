@@ -114,7 +114,7 @@ def test_a_profile_that_host_conf_does_not_list(vm: NewVm, place: str) -> None:
         one = vm(user_template=asked) if place == "USER_TEMPLATE" else vm(template=asked)
         with file(f"{PROFILES}/scratch.xml", SCRATCH), file(HOST_CONF, '\nPROFILES = "other, scratch-2"\n'):
             assert failure(one, one.deploy()) == (
-                f"Cannot deploy VM {one.vm_id}: this host does not allow the profile {name} (PROFILES in host.conf)"
+                f"Cannot prepare VM {one.vm_id}: this host does not allow the profile {name} (PROFILES in host.conf)"
             )
         assert one.name not in machine.domains()
 
