@@ -131,15 +131,15 @@ demo_run() {
 # as_oned TITLE EXECUTABLE STDIN-FILE ARGUMENT...: as the user, through a shell, with the environment that ssh gives and
 # nothing of ours. A directory of probes is run as OpenNebula's run_probes does.
 as_oned() {
-    local title=$1 path=$remotes/$2 stdin=${3:-/dev/null} script began output ended shown
+    local title=$1 path=$remotes/$2 stdin=${3:-/dev/null} script began output ended call
     shift 3
     script=$(printf '%q ' "$path" "$@")
-    shown="${path#"$remotes/"} $*"
+    call="${path#"$remotes/"} $*"
     # shellcheck disable=SC2016 # for the other shell
     if [ -d "$path" ]; then
         script=$(printf 'cd %q && for probe in *; do [ ! -x "$probe" ] || ./"$probe" %s || exit; done' "$path" "$*")
     fi
-    say "$title: $shown"
+    say "$title: $call"
     began=$(date +%s%N)
     # shellcheck disable=SC2016
     if ! output=$(as_user "$user" env PATH=/usr/local/bin:/usr/bin:/bin:/usr/games USER="$user" \
