@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+
+import pytest
 
 from tests.support import images, leaks, machine
 from tests.support.frontends import REPOSITORY
 from tests.support.waiting import wait_until
 
 ALONE = os.path.join(REPOSITORY, "tests/alone")
+FREEZER = next(path for path in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs"))
 
 
 def test_libvirt_answers_with_no_domain_of_others() -> None:
@@ -62,7 +66,7 @@ def test_libvirtd_can_be_taken_away() -> None:
 
 def test_machines_in_different_pid_namespaces_keep_their_control_groups() -> None:
     """Each is process 1 of its own, sees none of the other's processes, and tidies up at its start and its end."""
-    top = next(path for path in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs"))
+    top = FREEZER
     environment = {**os.environ, "ALONE_LIBVIRTD": "no"}
 
     def begin(script: str) -> subprocess.Popen[str]:
@@ -85,7 +89,34 @@ def test_machines_in_different_pid_namespaces_keep_their_control_groups() -> Non
 
 
 def test_what_a_killed_machine_left_is_removed_by_the_next() -> None:
-    top = next(path for path in ("/sys/fs/cgroup/freezer", "/sys/fs/cgroup") if os.path.exists(f"{path}/cgroup.procs"))
-    os.makedirs(f"{top}/onelxc-alone.1/below")
+    os.makedirs(f"{FREEZER}/onelxc-alone.1/below")
     machine.command(ALONE, "true")
-    assert not os.path.exists(f"{top}/onelxc-alone.1")
+    assert not os.path.exists(f"{FREEZER}/onelxc-alone.1")
+
+
+@pytest.mark.parametrize("how", ["ends", "is terminated", "is killed"])
+def test_a_frozen_process_ends_with_its_machine(how: str) -> None:
+    """A suspended container stayed, and its machine waited for it; SIGKILL does not reach what is frozen."""
+    state, word = ("freezer.state", "FROZEN") if FREEZER.endswith("/freezer") else ("cgroup.freeze", "1")
+    script = (
+        f"mkdir {FREEZER}/still; sleep 1234 & echo $! > {FREEZER}/still/cgroup.procs;"
+        f" echo {word} > {FREEZER}/still/{state}; echo still; read -r"
+    )
+    environment = {**os.environ, "ALONE_LIBVIRTD": "no"}
+    one = subprocess.Popen(
+        [ALONE, "bash", "-euc", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert one.stdin and one.stdout
+    assert one.stdout.readline() == "still\n"
+    if how == "ends":
+        one.stdin.write("\n")
+        one.stdin.flush()
+    else:
+        one.send_signal(signal.SIGTERM if how == "is terminated" else signal.SIGKILL)
+    one.wait(60)
+    one.stdin.close()
+    one.stdout.close()
+    if how == "is killed":
+        machine.command(ALONE, "true")
+    assert not [pid for pid in machine.pids() if "sleep 1234" in machine.command_line(pid)]
+    assert not [name for name in os.listdir(FREEZER) if name.startswith("onelxc-alone")]
